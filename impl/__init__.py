@@ -1,0 +1,1 @@
+"""The optimized implementation. It shares words, outcomes and state with `spec`, and no code."""

@@ -1,0 +1,1 @@
+"""Page walks as straight-line functions over words: run as they are, compiled, or symbolically."""

@@ -1,0 +1,57 @@
+"""Kernels turned into machine code by numba, with one rule: every integer is a uint64.
+
+numba gives a uint64 combined with a literal the type int64, whose right shifts and comparisons are
+signed. So each kernel is compiled from a copy whose literals and global constants are uint64, and
+whose calls to other kernels go to their compiled forms: what runs then is exactly the unsigned
+64-bit arithmetic that the proofs are about.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+Kernel = Callable[..., Any]
+
+_compiled: dict[Kernel, Kernel] = {}
+
+
+def compiled(kernel: Kernel) -> Kernel:
+    """The machine-code form of a plain kernel function, made once a process."""
+    if kernel not in _compiled:
+        _compiled[kernel] = numba.njit(_unsigned(kernel), cache=_has_a_file(kernel), nogil=True)
+    return _compiled[kernel]
+
+
+def _unsigned(kernel: Kernel) -> Kernel:
+    """A copy of `kernel` in which every int constant is a uint64 and every callee compiled."""
+    assert isinstance(kernel, types.FunctionType)
+    code = kernel.__code__
+    names = {name: _constant(kernel.__globals__[name]) for name in _globals_of(kernel)}
+    names["__name__"] = kernel.__module__
+    copy = types.FunctionType(
+        code.replace(co_consts=tuple(map(_constant, code.co_consts))), names, kernel.__name__
+    )
+    copy.__module__, copy.__qualname__ = kernel.__module__, kernel.__qualname__
+    return copy
+
+
+def _globals_of(kernel: types.FunctionType) -> list[str]:
+    return [name for name in kernel.__code__.co_names if name in kernel.__globals__]
+
+
+def _constant(value: object) -> object:
+    if type(value) is int:
+        return np.uint64(value)
+    if isinstance(value, tuple):
+        return tuple(map(_constant, value))
+    if isinstance(value, types.FunctionType):
+        return compiled(value)
+    return value
+
+
+def _has_a_file(kernel: Kernel) -> bool:
+    """Whether numba can key its on-disk cache: not for kernels patched in memory."""
+    return not kernel.__code__.co_filename.startswith("<")

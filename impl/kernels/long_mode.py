@@ -1,0 +1,212 @@
+"""4-level and 5-level walks as straight-line kernels: one source, run three ways.
+
+The functions here use nothing but words, indexing and loops. As they stand they run on ints (and
+symbolic words); `vapama.impl.kernels.compiled` turns them into machine code in which every integer
+is a uint64. `memory[i]` is the i-th 8-byte entry of physical memory and `entries` their number: no
+index of `entries` or more is ever used, whatever the tables hold. Nothing here is shared with
+`vapama.spec.paging`, against which it is proved.
+
+Words that the kernels take and give:
+
+- `access`: the bits of the page-fault error code that describe it: W (1), U (2), I (4, a fetch);
+  and bit 0 for an implicit supervisor access.
+- `mode`: what `mode_word` packs out of the control registers, by the MODE_ constants below.
+- `reserved`: what `reserved_word` gives, the bits reserved in every present entry.
+- `path[level]`: filled with the index of the entry that the walk read at that level.
+- a result is a pair (status, value): status 1, 2 or 3, translated by a page of that level, value is
+  the physical address; FAULT, value is the error code; NONCANONICAL; OUTSIDE, value is the physical
+  address of the entry that memory does not hold.
+"""
+
+FAULT = 8
+NONCANONICAL = 9
+OUTSIDE = 10
+
+FRAME = 0x000FFFFFFFFFF000
+# Bit positions in a mode word.
+MODE_WP, MODE_NXE, MODE_SMEP, MODE_SMAP, MODE_AC = 0, 1, 2, 3, 4
+MODE_PKE, MODE_PKS, MODE_LA57, MODE_PAGE1GB = 5, 6, 7, 8
+
+
+def mode_word(cr0, cr4, efer, rflags, page1gb):
+    """The control bits that a walk needs, packed into one word."""
+    return (
+        (cr0 >> 16 & 1) << MODE_WP
+        | (efer >> 11 & 1) << MODE_NXE
+        | (cr4 >> 20 & 1) << MODE_SMEP
+        | (cr4 >> 21 & 1) << MODE_SMAP
+        | (rflags >> 18 & 1) << MODE_AC
+        | (cr4 >> 22 & 1) << MODE_PKE
+        | (cr4 >> 24 & 1) << MODE_PKS
+        | (cr4 >> 12 & 1) << MODE_LA57
+        | (page1gb & 1) << MODE_PAGE1GB
+    )
+
+
+def reserved_word(efer, maxphyaddr):
+    """The bits that are reserved in a present entry of any level."""
+    return 0x0010000000000000 - (1 << maxphyaddr) | (efer >> 11 & 1 ^ 1) << 63
+
+
+def walk(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path):
+    """Translate one linear address. Returns (status, value), see the module."""
+    level = 4
+    shift = 48
+    if mode >> MODE_LA57 & 1:
+        level = 5
+        shift = 57
+    upper = address >> (shift - 1)
+    if upper != 0 and upper != (1 << (65 - shift)) - 1:
+        return NONCANONICAL, 0
+    write = access >> 1 & 1
+    user = access >> 2 & 1
+    fetch = access >> 4 & 1
+    code = (write << 1) | (user << 2) | ((fetch & (mode >> MODE_NXE | mode >> MODE_SMEP)) << 4)
+    table = cr3 & FRAME
+    rights = 6
+    no_execute = 0
+    while True:
+        shift = shift - 9
+        index = (table >> 3) | (address >> shift & 0x1FF)
+        if index >= entries:
+            return OUTSIDE, index << 3
+        entry = memory[index]
+        path[level] = index
+        if not entry & 1:
+            return FAULT, code
+        must_be_zero = reserved
+        leaf = 0
+        if level == 1:
+            leaf = 1
+        elif level > 3:
+            must_be_zero = reserved | 0x80
+        elif entry & 0x80:
+            leaf = 1
+            if level == 2:
+                must_be_zero = reserved | 0x1FE000
+            else:
+                must_be_zero = reserved | 0x3FFFE000 | ((mode >> MODE_PAGE1GB & 1 ^ 1) << 7)
+        if entry & must_be_zero:
+            return FAULT, code | 9
+        rights = rights & entry
+        no_execute = no_execute | entry >> 63
+        if leaf:
+            break
+        table = entry & FRAME
+        level = level - 1
+    return finish(mode, pkru, pkrs, address, code, access, entry, rights, no_execute, level, shift)
+
+
+def finish(mode, pkru, pkrs, address, code, access, entry, rights, no_execute, level, shift):
+    """The end of a walk that found a page: check rights and keys, compose the address."""
+    write = access >> 1 & 1
+    user = access >> 2 & 1
+    fetch = access >> 4 & 1
+    supervisor = user ^ 1
+    user_page = rights >> 2 & 1
+    # Whether a missing right or a key stops a write: always the user's, the supervisor's with WP.
+    strict = write & (user | mode >> MODE_WP)
+    if user_page:
+        keys = pkru >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKE & 1)
+    else:
+        keys = pkrs >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKS & 1)
+    key_denies = (fetch ^ 1) & (keys | keys >> 1 & strict)
+    smep = fetch & mode >> MODE_SMEP
+    smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1) ^ 1)
+    denied = (
+        user & (user_page ^ 1)
+        | strict & (rights >> 1 & 1 ^ 1)
+        | fetch & no_execute
+        | supervisor & user_page & (smep | smap)
+        | key_denies
+    )
+    if denied:
+        return FAULT, code | 1 | key_denies << 5
+    offset = (1 << shift) - 1
+    return level, (entry & FRAME & ~offset) | (address & offset)
+
+
+def mark(memory, levels, level, write, path):
+    """Set the accessed flags, and for a write the dirty flag, of a walk that ended at `level`."""
+    at = levels
+    while at >= level:
+        index = path[at]
+        memory[index] = memory[index] | 0x20
+        at = at - 1
+    index = path[level]
+    memory[index] = memory[index] | write << 6
+
+
+def walk_and_mark(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path):
+    """`walk`, and if it translates set the accessed and dirty flags in memory, as hardware does."""
+    status, value = walk(
+        memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path
+    )
+    if status < FAULT:
+        mark(memory, 4 + (mode >> MODE_LA57 & 1), status, access >> 1 & 1, path)
+    return status, value
+
+
+def translate_many(
+    memory, entries, mode, reserved, cr3, pkru, pkrs, addresses, access, path, statuses, values
+):
+    """`walk` for each of `addresses`, into `statuses` and `values`; sets no flags."""
+    for i in range(len(addresses)):
+        status, value = walk(
+            memory, entries, mode, reserved, cr3, pkru, pkrs, addresses[i], access, path
+        )
+        statuses[i] = status
+        values[i] = value
+
+
+def enumerate_mappings(
+    memory, entries, mode, cr3, next_index, tables, found_address, found_level, found_entry
+):
+    """Every page mapped by present entries from CR3 down, in the order of linear addresses.
+
+    `next_index` and `tables` are scratch of 6 words, by level. Stops when the `found_` arrays are
+    full: returns the number of pages that the tables map, up to one more than there was room for.
+    Tables that memory does not hold whole map nothing; rights and reserved bits are not checked.
+    """
+    room = len(found_address)
+    count = 0
+    top = 4 + (mode >> MODE_LA57 & 1)
+    level = top
+    tables[level] = (cr3 & FRAME) >> 3
+    next_index[level] = 0
+    if tables[level] + 512 > entries:
+        return 0
+    while level <= top:
+        i = next_index[level]
+        if i == 512:
+            level = level + 1
+            continue
+        next_index[level] = i + 1
+        entry = memory[tables[level] | i]
+        if not entry & 1:
+            continue
+        if level == 1 or (level < 4 and entry & 0x80):
+            if count == room:
+                return count + 1
+            address = 0
+            at = top
+            while at >= level:
+                address = address << 9 | (next_index[at] - 1)
+                at = at - 1
+            shift = 12 + 9 * (level - 1)
+            width = 12 + 9 * top
+            address = address << shift
+            if address >> (width - 1):
+                address = address | (((1 << (64 - width)) - 1) << width)
+            found_address[count] = address
+            found_level[count] = level
+            found_entry[count] = entry
+            count = count + 1
+            continue
+        below = (entry & FRAME) >> 3
+        if below + 512 > entries:
+            continue
+        level = level - 1
+        tables[level] = below
+        next_index[level] = 0
+    return count

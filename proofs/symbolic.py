@@ -1,0 +1,589 @@
+"""Symbolic words, and an explorer that runs plain Python on them, path by path.
+
+A `SymWord` stands for every value of a 64-bit word at once; asking for the truth of a condition
+(``if``, ``assert``) forks the path. Paths are explored by running the function again from the
+start, following the recorded decisions and taking the next one the other way.
+
+Python's ints do not wrap, z3's bit-vectors and numba's uint64 do. So that a proof carries over to
+all three, an operation whose result could leave 64 bits, a shift by 64 or more, or a load outside
+memory must be shown impossible on its path; otherwise the run ends in `Unfaithful`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import z3
+
+from vapama.spec import domains
+from vapama.spec.domains import Domain
+from vapama.spec.nondet import Nondet, Reject
+from vapama.spec.words import WORD
+
+T = TypeVar("T")
+Operand = Any
+
+
+class Unfaithful(BaseException):
+    """On some path an operation means different things to Python, z3 and the compiled kernels."""
+
+
+class Undecided(BaseException):
+    """The solver reached its resource limit."""
+
+
+class NotDeterministic(BaseException):
+    """A re-run with the same decisions asked for another one: its result cannot be trusted."""
+
+
+# The explorer that is running, which truth tests and obligations go to.
+_explorer: Explorer | None = None
+
+
+def _running() -> Explorer:
+    if _explorer is None:
+        raise RuntimeError("a symbolic word was used outside of an exploration")
+    return _explorer
+
+
+class SymWord:
+    """A word that is an SMT term, with the bits known to be possibly (`may`) and surely (`must`) 1.
+
+    The known bits decide many conditions without the solver; `must` is also the least value the
+    word can have, and `may` the greatest.
+    """
+
+    __slots__ = ("may", "must", "term")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, term: z3.BitVecRef, may: int = WORD, must: int = 0) -> None:
+        self.term, self.may, self.must = term, may, must
+
+    def __and__(self, other: Operand) -> Operand:
+        if isinstance(other, Complement):
+            return other & self
+        if type(other) is int and other < 0:
+            other &= WORD
+        o = word(other)
+        return _make(self.term & o.term, self.may & o.may, self.must & o.must)
+
+    __rand__ = __and__
+
+    def __or__(self, other: Operand) -> Operand:
+        o = word(other)
+        return _make(self.term | o.term, self.may | o.may, self.must | o.must)
+
+    __ror__ = __or__
+
+    def __xor__(self, other: Operand) -> Operand:
+        o = word(other)
+        must = (self.must & ~o.may) | (o.must & ~self.may)
+        may = (self.may | o.may) & ~(self.must & o.must)
+        return _make(self.term ^ o.term, may, must)
+
+    __rxor__ = __xor__
+
+    def __invert__(self) -> Complement:
+        return Complement(self)
+
+    def __add__(self, other: Operand) -> Operand:
+        o = word(other)
+        total = self.term + o.term
+        most = self.may + o.may
+        if most > WORD:
+            _running().require(z3.UGE(total, self.term), "a sum may exceed 64 bits")
+        return _make(total, _ones(most) & WORD, 0)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Operand) -> Operand:
+        o = word(other)
+        if self.must < o.may:
+            _running().require(z3.UGE(self.term, o.term), "a difference may be negative")
+        return _make(self.term - o.term, _ones(self.may), 0)
+
+    def __rsub__(self, other: Operand) -> Operand:
+        return word(other).__sub__(self)
+
+    def __mul__(self, other: Operand) -> Operand:
+        o = word(other)
+        if self.may * o.may > WORD:
+            wide = z3.ZeroExt(64, self.term) * z3.ZeroExt(64, o.term)
+            _running().require(z3.Extract(127, 64, wide) == 0, "a product may exceed 64 bits")
+        return _make(self.term * o.term, _ones(self.may * o.may) & WORD, 0)
+
+    __rmul__ = __mul__
+
+    def __lshift__(self, other: Operand) -> Operand:
+        return _shift_left(self, word(other))
+
+    def __rlshift__(self, other: Operand) -> Operand:
+        return _shift_left(word(other), self)
+
+    def __rshift__(self, other: Operand) -> Operand:
+        return _shift_right(self, word(other))
+
+    def __rrshift__(self, other: Operand) -> Operand:
+        return _shift_right(word(other), self)
+
+    def __eq__(self, other: object) -> Any:
+        if not isinstance(other, int | SymWord | SymBool):
+            return False
+        o = word(other)
+        if self.must & ~o.may or o.must & ~self.may:
+            return False
+        return SymBool(self.term == o.term)
+
+    def __ne__(self, other: object) -> Any:
+        same = self == other
+        return (not same) if isinstance(same, bool) else SymBool(z3.Not(same.term))
+
+    def __lt__(self, other: Operand) -> Any:
+        o = word(other)
+        if self.may < o.must:
+            return True
+        if self.must >= o.may:
+            return False
+        return SymBool(z3.ULT(self.term, o.term))
+
+    def __ge__(self, other: Operand) -> Any:
+        below = self < other
+        return (not below) if isinstance(below, bool) else SymBool(z3.Not(below.term))
+
+    def __gt__(self, other: Operand) -> Any:
+        return word(other) < self
+
+    def __le__(self, other: Operand) -> Any:
+        return word(other) >= self
+
+    def __bool__(self) -> bool:
+        if self.must:
+            return True
+        if not self.may:
+            return False
+        return _running().branch(self.term != 0)
+
+    def __format__(self, spec: str) -> str:
+        return "(a symbolic word)"
+
+    def __repr__(self) -> str:
+        return f"SymWord({self.term})"
+
+
+class Complement:
+    """``~word``: a negative int to Python. It may only be and'ed with a word, or undone."""
+
+    __slots__ = ("inner",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, inner: SymWord) -> None:
+        self.inner = inner
+
+    def __and__(self, other: Operand) -> Operand:
+        if not isinstance(other, int | SymWord | SymBool) or (type(other) is int and other < 0):
+            raise Unfaithful("a complement is used other than and'ed with a word")
+        o = word(other)
+        i = self.inner
+        return _make(~i.term & o.term, ~i.must & o.may & WORD, ~i.may & o.must & WORD)
+
+    __rand__ = __and__
+
+    def __invert__(self) -> SymWord:
+        return self.inner
+
+    def _refuse(self, *_: object) -> Any:
+        raise Unfaithful("a complement is used other than and'ed with a word")
+
+    __or__ = __ror__ = __xor__ = __rxor__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __index__ = _refuse
+
+
+class SymBool:
+    """A condition that is an SMT term."""
+
+    __slots__ = ("term",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, term: z3.BoolRef) -> None:
+        self.term = term
+
+    def __bool__(self) -> bool:
+        return _running().branch(self.term)
+
+    def __and__(self, other: Operand) -> Operand:
+        if other is True:
+            return self
+        if other is False:
+            return False
+        if isinstance(other, SymBool):
+            return SymBool(z3.And(self.term, other.term))
+        return word(self) & other
+
+    __rand__ = __and__
+
+    def __or__(self, other: Operand) -> Operand:
+        if other is False:
+            return self
+        if other is True:
+            return True
+        if isinstance(other, SymBool):
+            return SymBool(z3.Or(self.term, other.term))
+        return word(self) | other
+
+    __ror__ = __or__
+
+    def __eq__(self, other: object) -> Any:
+        if isinstance(other, bool):
+            return self if other else SymBool(z3.Not(self.term))
+        if isinstance(other, SymBool):
+            return SymBool(self.term == other.term)
+        return word(self) == other
+
+    def __ne__(self, other: object) -> Any:
+        same = self == other
+        return (not same) if isinstance(same, bool) else SymBool(z3.Not(same.term))
+
+    def ite(self, then: Operand, otherwise: Operand) -> Operand:
+        """`then` where the condition holds, else `otherwise`: see `spec.words.ite`."""
+        a, b = word(then), word(otherwise)
+        return _make(z3.If(self.term, a.term, b.term), a.may | b.may, a.must & b.must)
+
+
+def word(value: Operand) -> SymWord:
+    """Any operand as a symbolic word. Raises `Unfaithful` for an int outside 64 bits."""
+    if isinstance(value, SymWord):
+        return value
+    if isinstance(value, SymBool):
+        return SymWord(z3.If(value.term, z3.BitVecVal(1, 64), z3.BitVecVal(0, 64)), 1, 0)
+    if isinstance(value, int):
+        if not 0 <= value <= WORD:
+            raise Unfaithful(f"the constant {value:#x} is not an unsigned 64-bit word")
+        return SymWord(z3.BitVecVal(value, 64), int(value), int(value))
+    if isinstance(value, Complement):
+        raise Unfaithful("a complement is used other than and'ed with a word")
+    raise TypeError(f"a {type(value).__name__} is not a word")
+
+
+def _make(term: z3.BitVecRef, may: int, must: int) -> Operand:
+    """A word of this term; a plain int if all of its bits are known."""
+    return may if may == must else SymWord(term, may, must)
+
+
+def _ones(most: int) -> int:
+    """The bits that a value of at most `most` can have."""
+    return (1 << most.bit_length()) - 1
+
+
+def _shift_left(a: SymWord, by: SymWord) -> Operand:
+    if by.may > 63:
+        _running().require(z3.ULT(by.term, 64), "a left shift may be by 64 or more")
+    furthest = min(by.may, 63)
+    if a.may << furthest > WORD and not (a.may == 1 and furthest <= 63):
+        back = z3.LShR(a.term << by.term, by.term) == a.term
+        _running().require(back, "a left shift may exceed 64 bits")
+    if by.may == by.must:
+        return _make(a.term << by.term, a.may << by.may & WORD, a.must << by.may & WORD)
+    return _make(a.term << by.term, _ones(a.may << furthest) & WORD, 0)
+
+
+def _shift_right(a: SymWord, by: SymWord) -> Operand:
+    if by.may > 63:
+        _running().require(z3.ULT(by.term, 64), "a right shift may be by 64 or more")
+    if by.may == by.must:
+        return _make(z3.LShR(a.term, by.term), a.may >> by.may, a.must >> by.may)
+    return _make(z3.LShR(a.term, by.term), _ones(a.may), 0)
+
+
+class SymMemory:
+    """Any memory: an SMT array of entries by address, and any limit."""
+
+    def __init__(self, name: str, limit: Operand) -> None:
+        self.name, self.limit = name, limit
+        self.array = z3.Array(name, z3.BitVecSort(64), z3.BitVecSort(64))
+        self.loads: list[tuple[z3.BitVecRef, z3.BitVecRef]] = []
+
+    def load(self, address: Operand) -> Operand:
+        """The entry at `address`, which must be aligned and below the limit."""
+        where = word(address)
+        if where.may & 7:
+            _running().require(where.term & 7 == 0, "a load may be unaligned")
+        below = where < self.limit
+        if not isinstance(below, bool):
+            _running().require(below.term, "a load may be outside memory")
+        elif not below:
+            raise Unfaithful("a load is outside memory")
+        value = z3.Select(self.array, where.term)
+        self.loads.append((where.term, value))
+        return SymWord(value)
+
+
+BRANCH, ASSUME, CHOICE, MUST = "branch", "assume", "choice", "must"
+
+
+@dataclass(slots=True)
+class Decision:
+    """A point of a run where the solver was asked: what for, and which way the run goes.
+
+    `options` are the conditions of the ways there are. `open` are those still to be explored,
+    `shut` those that the solver found impossible here.
+    """
+
+    kind: str
+    options: list[z3.BoolRef]
+    taken: int
+    open: list[int] = field(default_factory=list)
+    shut: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Path:
+    """A finished path: the conditions it took, whether an assumption cut it short, what it reached,
+    and what an assertion on it said if it failed."""
+
+    decisions: list[tuple[str, list[z3.BoolRef], int]]
+    pruned: bool
+    reached: set[str]
+    failure: str | None = None
+
+
+class Explorer(Nondet):
+    """Runs a function for every feasible path, drawing symbols. A `Nondet` of the z3 engine.
+
+    `rlimit` bounds each solver query in the solver's own steps (0: no bound), so that a verdict
+    does not depend on the machine. `pins` are draws that get the given value instead of any.
+    """
+
+    def __init__(self, rlimit: int = 0, narrow: Any = None, pins: dict[str, int] | None = None):
+        self.solver = z3.SimpleSolver()
+        if rlimit:
+            self.solver.set("rlimit", rlimit)
+        self.narrow = narrow or {}
+        self.pins = pins
+        self.checks = 0
+        self.trail: list[Decision] = []
+        self.depth = 0
+        self.position = 0
+        self.draws: dict[str, Any] = {}
+        self.memories: list[SymMemory] = []
+        self.reached: set[str] = set()
+        self.refuted: list[tuple[list[z3.BoolRef], z3.BoolRef]] = []
+        self.on_path: Callable[[int], None] = lambda paths: None
+
+    # Nondet
+
+    def word(self, name: str, domain: Domain = domains.ANY) -> Any:
+        """A fresh symbol that ranges over the domain."""
+        domain = self.narrow.get(name, domain)
+        if name in self.draws:
+            raise ValueError(f"two draws are named {name}: give each its own name")
+        if self.pins is not None:
+            value = self.pins.get(name, domain.representatives()[0])
+            self.draws[name] = z3.BitVecVal(value, 64)
+            if not domain.holds(value):
+                raise Reject
+            return value
+        if domain.among and len(domain.among) == 1:
+            self.draws[name] = z3.BitVecVal(domain.among[0], 64)
+            return domain.among[0]
+        symbol = z3.BitVec(name, 64)
+        if domain.among:
+            may = 0
+            must = WORD
+            for value in domain.among:
+                may, must = may | value, must & value
+            result: Any = SymWord(symbol, may, must)
+            self.draws[name] = symbol
+            low, high = min(domain.among), max(domain.among)
+            if sorted(domain.among) == list(range(low, high + 1)):
+                self._assume(z3.And(z3.UGE(symbol, low), z3.ULE(symbol, high)))
+            else:
+                self._assume(z3.Or(*(symbol == value for value in domain.among)))
+            return result
+        term = symbol & domain.free | domain.fixed if domain.free != WORD else symbol
+        self.draws[name] = term
+        return _make(term, domain.free | domain.fixed, domain.fixed)
+
+    def one_of(self, name: str, options: Sequence[T]) -> T:
+        """Each option in turn, on its own path."""
+        if self.pins is not None:
+            chosen = self.pins.get(name, 0)
+            if chosen >= len(options):
+                raise Reject
+        else:
+            chosen = self._decide(CHOICE, [z3.BoolVal(True)] * len(options))
+        self.draws[name] = z3.BitVecVal(chosen, 64)
+        return options[chosen]
+
+    def memory(self, name: str) -> Any:
+        """A fresh SMT array."""
+        memory = SymMemory(name, self.word(f"{name}.limit", domains.LIMIT))
+        if self.pins is not None:
+            prefix = f"{name}["
+            for draw, value in self.pins.items():
+                if draw.startswith(prefix):
+                    memory.array = z3.Store(memory.array, int(draw[len(prefix) : -1], 16), value)
+        self.memories.append(memory)
+        return memory
+
+    def assume(self, condition: Any) -> None:
+        """Add a condition to the path; the path ends here if it cannot hold."""
+        if isinstance(condition, SymWord):
+            condition = condition != 0
+        if isinstance(condition, SymBool):
+            self._assume(z3.simplify(condition.term))
+        elif not condition:
+            raise Reject
+
+    def reach(self, label: str) -> None:
+        """Count the label as reached by this path, if the path goes on to its end."""
+        self.reached.add(label)
+
+    def seen(self, state: Hashable) -> None:
+        """A proof follows every path."""
+
+    # Decisions
+
+    def branch(self, term: z3.BoolRef) -> bool:
+        """The truth of a condition on this path; explores both where both are possible."""
+        term = z3.simplify(term)
+        if z3.is_true(term):
+            return True
+        if z3.is_false(term):
+            return False
+        return self._decide(BRANCH, [term, z3.Not(term)]) == 0
+
+    def require(self, term: z3.BoolRef, otherwise: str) -> None:
+        """End in `Unfaithful` unless the condition always holds on this path."""
+        term = z3.simplify(term)
+        if z3.is_true(term):
+            return
+        if self._decide(MUST, [term, z3.Not(term)]) != 0:
+            raise Unfaithful(otherwise)
+
+    def _assume(self, term: z3.BoolRef) -> None:
+        if z3.is_true(term):
+            return
+        if z3.is_false(term) or self._decide(ASSUME, [term]) < 0:
+            raise Reject
+
+    def _decide(self, kind: str, options: list[z3.BoolRef]) -> int:
+        """The option that this run takes at its next decision; -1 if none is possible."""
+        at = self.position
+        self.position += 1
+        if at < len(self.trail):
+            decision = self.trail[at]
+            if decision.kind != kind or not _same(decision.options, options):
+                raise NotDeterministic(f"decision {at} changed on a re-run ({kind})")
+        else:
+            decision = self._new_decision(kind, options)
+            self.trail.append(decision)
+        if at >= self.depth:
+            self.solver.push()
+            if decision.taken >= 0 and len(options) > len(decision.shut) + 1 or kind == ASSUME:
+                self.solver.add(options[decision.taken])
+            self.depth += 1
+        return decision.taken
+
+    def _new_decision(self, kind: str, options: list[z3.BoolRef]) -> Decision:
+        if kind == CHOICE:
+            ways = list(range(len(options)))
+            return Decision(kind, options, ways[0], ways[1:])
+        if kind == MUST:
+            # Only the failing side matters: if it is possible, this run reports it.
+            if self._possible(options[1]):
+                return Decision(kind, options, 1)
+            return Decision(kind, options, 0, shut=[1])
+        ways, shut = [], []
+        for i, option in enumerate(options):
+            last = i == len(options) - 1
+            if (last and not ways and kind == BRANCH) or self._possible(option):
+                ways.append(i)
+            else:
+                shut.append(i)
+        if not ways:
+            return Decision(kind, options, -1, shut=shut)
+        return Decision(kind, options, ways[0], ways[1:], shut)
+
+    def _possible(self, term: z3.BoolRef) -> bool:
+        self.checks += 1
+        answer = self.solver.check(term)
+        if answer == z3.unknown:
+            raise Undecided(self.solver.reason_unknown())
+        if answer == z3.unsat:
+            self.refuted.append(([*self._conditions()], term))
+        return bool(answer == z3.sat)
+
+    def _conditions(self) -> list[z3.BoolRef]:
+        return [d.options[d.taken] for d in self.trail if d.taken >= 0 and d.kind != CHOICE]
+
+    # Exploration
+
+    def explore(self, function: Callable[[], None]) -> list[Path]:
+        """Run `function` on every feasible path. A failed assertion ends its path, not the run.
+
+        Stops after the first path with a failure, which is then the last; `model` gives its values.
+        Raises `Unfaithful`, `Undecided`, `NotDeterministic`, or whatever `function` raises.
+        """
+        global _explorer
+        paths: list[Path] = []
+        while True:
+            self.position = 0
+            self.draws, self.memories, self.reached = {}, [], set()
+            outer, _explorer = _explorer, self
+            try:
+                function()
+                path = self._path(pruned=False)
+            except Reject:
+                path = self._path(pruned=True)
+            except AssertionError as error:
+                path = self._path(pruned=False, failure=str(error) or "the claim does not hold")
+            finally:
+                _explorer = outer
+            if self.position < len(self.trail):
+                raise NotDeterministic("a re-run ended before its last decision")
+            paths.append(path)
+            self.on_path(len(paths))
+            if path.failure is not None or not self._next_path():
+                return paths
+
+    def _path(self, pruned: bool, failure: str | None = None) -> Path:
+        decisions = [(d.kind, d.options, d.taken) for d in self.trail]
+        return Path(decisions, pruned, self.reached, failure)
+
+    def _next_path(self) -> bool:
+        """Go back to the last decision with a way still open, and take it."""
+        while self.trail and not self.trail[-1].open:
+            self.trail.pop()
+        if self.depth > max(len(self.trail) - 1, 0):
+            drop = self.depth - max(len(self.trail) - 1, 0)
+            self.solver.pop(drop)
+            self.depth -= drop
+        if not self.trail:
+            return False
+        last = self.trail[-1]
+        last.taken = last.open.pop(0)
+        return True
+
+    def model(self) -> list[tuple[str, int]]:
+        """Values of all draws and loaded entries that take the current path, in order."""
+        if self.solver.check() != z3.sat:
+            raise Undecided("a path that was possible has no model")
+        model = self.solver.model()
+
+        def value(term: z3.BitVecRef) -> int:
+            number = model.eval(term, model_completion=True)
+            assert isinstance(number, z3.BitVecNumRef)
+            return number.as_long()
+
+        draws = [(name, value(term)) for name, term in self.draws.items()]
+        for memory in self.memories:
+            entries = {value(a): value(v) for a, v in memory.loads}
+            draws += [(f"{memory.name}[{a:#x}]", v) for a, v in entries.items()]
+        return draws
+
+
+def _same(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:
+    return len(a) == len(b) and all(x.eq(y) for x, y in zip(a, b, strict=True))

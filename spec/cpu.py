@@ -1,0 +1,163 @@
+"""The control state that address translation depends on, and which states can exist.
+
+A `Cpu` holds the registers as the processor does. Constructing one that no processor can be in
+raises `ImpossibleState`; one in a paging mode that this specification does not cover raises
+`UnsupportedMode`. Source: Intel SDM Vol. 3A, 2.2.1 (EFER), 2.5 (control registers), 4.1 (paging
+modes and control bits), 4.5 (CR3).
+"""
+
+from typing import NamedTuple
+
+from vapama.spec.words import Condition, Flag, Word, bit, flag, low_bits
+
+# CR0 (SDM Vol. 3A, 2.5)
+PE, WP, NW, CD, PG = 1 << 0, 1 << 16, 1 << 29, 1 << 30, 1 << 31
+CR0_DEFINED = 0xE005_003F
+# CR4 (SDM Vol. 3A, 2.5)
+PAE, LA57, PCIDE = 1 << 5, 1 << 12, 1 << 17
+SMEP, SMAP, PKE, PKS = 1 << 20, 1 << 21, 1 << 22, 1 << 24
+CR4_DEFINED = 0x1_1BFF_7FFF
+CR4_UNSPECIFIED = 1 << 23 | 1 << 27 | 1 << 28
+"""CET, LASS and LAM_SUP: they change what an access may do, and are not specified here."""
+# EFER (SDM Vol. 3A, 2.2.1; AMD APM Vol. 2, 3.1.7)
+LME, LMA, NXE = 1 << 8, 1 << 10, 1 << 11
+EFER_DEFINED = 0x36_FD01
+EFER_UNSPECIFIED = 1 << 20
+"""UAIE (AMD's upper address ignore): it changes which addresses are canonical."""
+# RFLAGS (SDM Vol. 1, 3.4.3). VM (bit 17) is always 0 in long mode
+AC = 1 << 18
+RFLAGS_DEFINED = 0x003D_7FD7
+RFLAGS_ONE = 1 << 1
+
+class ImpossibleState(ValueError):
+    """A control state that no processor can be in."""
+
+
+class UnsupportedMode(ValueError):
+    """A control state that exists, in a paging mode that this specification does not cover."""
+
+
+class Registers(NamedTuple):
+    """The registers of `Cpu`, not checked."""
+
+    cr0: Word
+    cr3: Word
+    cr4: Word
+    efer: Word
+    rflags: Word = RFLAGS_ONE
+    pkru: Word = 0
+    pkrs: Word = 0
+    maxphyaddr: Word = 52
+    page1gb: Flag = 1
+
+
+class Cpu(Registers):
+    """A processor's control state in 4-level or 5-level paging.
+
+    `pkru` and `pkrs` are 32-bit: the PKRU register and the IA32_PKRS MSR. `maxphyaddr` is the
+    physical-address width that CPUID reports, 32 to 52; `page1gb` is 1 if 1-GByte pages exist.
+
+    Raises `ImpossibleState` or `UnsupportedMode`.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        cr0: Word,
+        cr3: Word,
+        cr4: Word,
+        efer: Word,
+        rflags: Word = RFLAGS_ONE,
+        pkru: Word = 0,
+        pkrs: Word = 0,
+        maxphyaddr: Word = 52,
+        page1gb: Flag = 1,
+    ) -> "Cpu":
+        """The state with these registers, checked."""
+        cpu = cls._make((cr0, cr3, cr4, efer, rflags, pkru, pkrs, maxphyaddr, page1gb))
+        require_possible(cpu)
+        return cpu
+
+    @property
+    def levels(self) -> int:
+        """How many levels of paging structures a walk visits: 5 with CR4.LA57, else 4."""
+        return 5 if self.cr4 & LA57 else 4
+
+    @property
+    def wp(self) -> Flag:
+        """CR0.WP: supervisor writes respect read-only pages."""
+        return bit(self.cr0, 16)
+
+    @property
+    def smep(self) -> Flag:
+        """CR4.SMEP: the supervisor does not execute user pages."""
+        return bit(self.cr4, 20)
+
+    @property
+    def smap(self) -> Flag:
+        """CR4.SMAP: the supervisor does not touch user pages, unless RFLAGS.AC allows it."""
+        return bit(self.cr4, 21)
+
+    @property
+    def pke(self) -> Flag:
+        """CR4.PKE: PKRU governs data accesses to user pages."""
+        return bit(self.cr4, 22)
+
+    @property
+    def pks(self) -> Flag:
+        """CR4.PKS: IA32_PKRS governs data accesses to supervisor pages."""
+        return bit(self.cr4, 24)
+
+    @property
+    def nxe(self) -> Flag:
+        """EFER.NXE: bit 63 of an entry forbids execution; without it the bit is reserved."""
+        return bit(self.efer, 11)
+
+    @property
+    def ac(self) -> Flag:
+        """RFLAGS.AC: lifts SMAP for explicit supervisor accesses."""
+        return bit(self.rflags, 18)
+
+
+def require_possible(cpu: Registers) -> None:
+    """Check that a processor can be in this state and translates with 4- or 5-level paging there.
+
+    Raises `ImpossibleState` or `UnsupportedMode`.
+    """
+    _require((cpu.maxphyaddr >= 32) & (cpu.maxphyaddr <= 52), "MAXPHYADDR is 32 to 52")
+    _only_defined("CR0", cpu.cr0, CR0_DEFINED)
+    _only_defined("CR4", cpu.cr4, CR4_DEFINED)
+    _only_defined("EFER", cpu.efer, EFER_DEFINED)
+    _only_defined("RFLAGS", cpu.rflags, RFLAGS_DEFINED)
+    _only_defined("PKRU", cpu.pkru, low_bits(32))
+    _only_defined("IA32_PKRS", cpu.pkrs, low_bits(32))
+    _only_defined("CR3", cpu.cr3, low_bits(cpu.maxphyaddr))
+    _only_defined("page1gb", cpu.page1gb, 1)
+    _require(cpu.rflags & RFLAGS_ONE != 0, "RFLAGS bit 1 is always 1")
+    _require((cpu.cr0 & NW == 0) | (cpu.cr0 & CD != 0), "CR0.NW needs CR0.CD")
+    _require((cpu.cr0 & PG == 0) | (cpu.cr0 & PE != 0), "CR0.PG needs CR0.PE")
+    active = flag(cpu.efer & LME != 0) & flag(cpu.cr0 & PG != 0)
+    _require(bit(cpu.efer, 10) == active, "EFER.LMA is EFER.LME and CR0.PG")
+    _require((cpu.cr4 & LA57 == 0) | (active == 1), "5-level paging (CR4.LA57) needs long mode")
+    _require((cpu.cr4 & PCIDE == 0) | (active == 1), "CR4.PCIDE needs long mode")
+    _require((cpu.cr4 & PAE != 0) | (active == 0), "long mode needs CR4.PAE")
+    _require_specified(active == 1, "paging outside long mode")
+    _require_specified(cpu.cr4 & CR4_UNSPECIFIED == 0, "CR4.CET, CR4.LASS or CR4.LAM_SUP")
+    _require_specified(cpu.efer & EFER_UNSPECIFIED == 0, "EFER.UAIE")
+
+
+def _only_defined(register: str, value: Word, defined: Word) -> None:
+    reserved = value & ~defined
+    if reserved != 0:
+        raise ImpossibleState(f"{register} {value:#x}: its bits {reserved:#x} are reserved")
+
+
+def _require(condition: Condition, rule: str) -> None:
+    if not condition:
+        raise ImpossibleState(f"{rule} (Intel SDM Vol. 3A, 2.5 and 4.1)")
+
+
+def _require_specified(condition: Condition, what: str) -> None:
+    if not condition:
+        raise UnsupportedMode(f"{what} is not specified here: 4-level and 5-level paging are")

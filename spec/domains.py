@@ -1,0 +1,176 @@
+"""Domains: the values that a draw may take, in the forms that the engines need.
+
+Each domain knows all of its values (proofs draw any of them), how to decode one from raw bytes with
+a bias towards interesting ones (fuzzing), how to encode one back (seeds from recorded cases), and a
+few representatives (exhaustive small scopes).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vapama.spec.cpu import (
+    AC,
+    CR0_DEFINED,
+    CR4_DEFINED,
+    CR4_UNSPECIFIED,
+    EFER_DEFINED,
+    EFER_UNSPECIFIED,
+    LA57,
+    LMA,
+    LME,
+    NW,
+    NXE,
+    PAE,
+    PE,
+    PG,
+    PKE,
+    PKS,
+    RFLAGS_DEFINED,
+    RFLAGS_ONE,
+    SMAP,
+    SMEP,
+    WP,
+)
+from vapama.spec.words import WORD, Word
+
+Take = Callable[[int], int]
+"""A source of raw choices: an unsigned integer of so many bytes."""
+
+ESCAPE = 0xFF
+"""The first raw byte that makes a biased domain take its value from the next 8 bytes, as it is."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The words ``fixed | x & free`` for every x, or just those of `among`.
+
+    `bias` decodes a value from 8 raw bytes, as an int whose low byte is not `ESCAPE`. `scope` are
+    representatives; without them `among` or the corners stand.
+    """
+
+    free: Word = WORD
+    fixed: Word = 0
+    among: tuple[Word, ...] = ()
+    bias: Callable[[int], Word] | None = None
+    scope: tuple[Word, ...] = ()
+
+    def holds(self, value: Word) -> bool:
+        """Whether `value` is in the domain."""
+        if self.among:
+            return value in self.among
+        return value & ~self.free == self.fixed & ~self.free and value & self.fixed == self.fixed
+
+    def decode(self, take: Take) -> Word:
+        """A value, from raw choices."""
+        if self.among:
+            return self.among[take(1) % len(self.among)]
+        if self.bias is None:
+            return self.fixed | take((self.free.bit_length() + 7) >> 3) & self.free
+        raw = take(8)
+        if raw & 0xFF == ESCAPE:
+            return self.fixed | take(8) & self.free
+        return self.bias(raw)
+
+    def encode(self, value: Word) -> bytes:
+        """Raw choices that decode to `value`, a value of the domain."""
+        if self.among:
+            return bytes([self.among.index(value)])
+        if self.bias is None:
+            return (value & self.free).to_bytes((self.free.bit_length() + 7) >> 3, "little")
+        return bytes([ESCAPE] * 8) + value.to_bytes(8, "little")
+
+    def representatives(self) -> tuple[Word, ...]:
+        """A few values for an exhaustive scope."""
+        return self.scope or self.among or tuple(sorted({self.fixed, self.fixed | self.free}))
+
+
+FRAMES = 16
+"""Biased memories hold this many frames, so that tables alias and reference themselves."""
+
+
+def _entry(raw: int) -> Word:
+    """A paging-structure entry: mostly present and permissive, in a small pool of frames.
+
+    Raw bits: 7:0 what kind, 19:8 low bits of the entry, 23:20 frame, 35:24 high bits of the entry,
+    63:36 bits of an odd frame.
+    """
+    how = raw & 0xFF
+    if how < 6:
+        return 0 if how < 3 else raw & ~1
+    entry = (raw >> 8 & 0xF7E) | 1 | (raw >> 20 & 0xF) << 12 | (raw >> 24 & 0x7FF) << 52
+    if how & 3:
+        entry |= 6
+    if how & 0x1C == 0x08:
+        entry |= 0x80
+        entry ^= (raw >> 20 & 0xF) << 12
+        entry |= (raw >> 36 & 1) << 12 | (raw >> 20 & 0xF) << (21 if how & 0x20 else 30)
+    if how & 0x38 == 0x38:
+        entry |= 1 << 63
+    if how & 0xE4 == 0x64:
+        entry |= 1 << (raw >> 36) % 40 + 12
+    return entry
+
+
+def _address(raw: int) -> Word:
+    """A linear address: mostly canonical with 48 bits, some with 57, some with equal indices."""
+    how = raw & 0xFF
+    address = raw >> 7
+    if how & 3 == 1:
+        address = address & 0x1FF000 | (address >> 12 & 0x1FF) * 0x8040200000 | raw >> 52
+    width = 57 if how & 0x1C == 4 else 48
+    if how & 0xF8 == 0xF0:
+        return raw ^ raw << 20 & WORD
+    address &= (1 << width) - 1
+    return address | (WORD ^ (1 << width) - 1 if address >> width - 1 else 0)
+
+
+def _limit(raw: int) -> Word:
+    """The size of a memory: all of the pool of frames, or one that cuts it short."""
+    return (FRAMES if raw & 7 else raw >> 8 & 0xF) * 4096
+
+
+def _cr3(raw: int) -> Word:
+    return (raw >> 8 & 0xF) << 12 | raw >> 16 & 0xFFF
+
+
+ANY = Domain()
+FLAG = Domain(free=1, scope=(0, 1))
+ENTRY = Domain(
+    bias=_entry,
+    scope=(0, 0x1007, 0x2007, 0x1001 | 1 << 63, 0x2003, 0x1087, 0x1005 | 1 << 59, 0x1007 | 1 << 51),
+)
+"""A paging-structure entry: any 64 bits."""
+ADDRESS = Domain(bias=_address, scope=(0x1234, 0xFFFF_FF80_0020_0ABC, 1 << 47))
+"""A linear address: any 64 bits."""
+LIMIT = Domain(free=((1 << 52) - 1) & ~0xFFF, bias=_limit, scope=(0x3000, 0x2000))
+"""How many bytes of memory there are: whole pages, less than 2**52."""
+
+# Control registers: every bit that can be 0 or 1 in long mode, so that a claim over these domains
+# says too that the bits which do not concern a walk change nothing. (NW needs CD, and stays 0.)
+CR0 = Domain(
+    free=CR0_DEFINED & ~(PG | PE | NW),
+    fixed=PG | PE,
+    scope=(PG | PE, PG | PE | WP),
+)
+CR3 = Domain(free=(1 << 52) - 1, bias=_cr3, scope=(0x1000,))
+"""CR3, of which bits from MAXPHYADDR up are then cut off."""
+CR4 = Domain(
+    free=CR4_DEFINED & ~CR4_UNSPECIFIED & ~PAE,
+    fixed=PAE,
+    scope=(PAE, PAE | SMEP | SMAP | PKE | PKS, PAE | LA57 | SMAP | PKE),
+)
+EFER = Domain(
+    free=EFER_DEFINED & ~EFER_UNSPECIFIED & ~(LME | LMA),
+    fixed=LME | LMA,
+    scope=(LME | LMA, LME | LMA | NXE),
+)
+RFLAGS = Domain(
+    free=RFLAGS_DEFINED & ~RFLAGS_ONE, fixed=RFLAGS_ONE, scope=(RFLAGS_ONE, RFLAGS_ONE | AC)
+)
+KEYS = Domain(free=(1 << 32) - 1, scope=(0, 0b1100))
+"""PKRU and IA32_PKRS: two bits a key."""
+MAXPHYADDR = Domain(among=tuple(range(32, 53)), scope=(40,))
+
+ACCESSES = (0, 2, 4, 6, 16, 20, 1, 3)
+"""Kinds of access: W (2), U (4) and I (16) as in the page-fault error code, 1 if implicit."""
+ACCESS = Domain(among=ACCESSES)

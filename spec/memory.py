@@ -1,0 +1,86 @@
+"""Physical memory, as a page walk sees it: 8-byte entries below a limit, and nothing beyond.
+
+What a processor reads where a machine has no memory is not architectural (all ones, all zeros, a
+machine check), so a walk that would need such an entry ends there: see `outcomes.OutsideMemory`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from vapama.spec.words import Word, ite
+
+ENTRY_BYTES = 8
+PAGE_BYTES = 4096
+
+
+class Memory(Protocol):
+    """Physical memory of `limit` bytes; `limit` is a multiple of 8."""
+
+    @property
+    def limit(self) -> Word:
+        """The first address beyond memory, in bytes."""
+
+    def load(self, address: Word) -> Word:
+        """The 8 bytes at `address` (8-byte aligned, below the limit), little-endian, as a word."""
+
+
+class Image:
+    """Memory held in a sequence of 64-bit entries: a list, a numpy array or a memory map."""
+
+    def __init__(self, entries: Sequence[int]) -> None:
+        self.entries = entries
+        self.limit: Word = len(entries) * ENTRY_BYTES
+
+    def load(self, address: Word) -> Word:
+        """The entry at `address`, as a plain int."""
+        return int(self.entries[address >> 3])
+
+
+class Sparse:
+    """Memory of which only some entries are given, by address; the others read 0."""
+
+    def __init__(self, entries: Mapping[int, int], limit: Word) -> None:
+        self.touched = dict(entries)
+        self.limit = limit
+
+    def load(self, address: Word) -> Word:
+        """The entry at `address`, 0 if it was not given."""
+        return self.touched.get(address, 0)
+
+
+class Overlay:
+    """Another memory with one entry replaced."""
+
+    def __init__(self, memory: Memory, address: Word, value: Word) -> None:
+        self.memory, self.address, self.value = memory, address, value
+        self.limit: Word = memory.limit
+
+    def load(self, address: Word) -> Word:
+        """The replacement at the replaced address, elsewhere the memory's own entry."""
+        return ite(address == self.address, self.value, self.memory.load(address))
+
+
+class Altered:
+    """Another memory with `bits` of every entry toggled."""
+
+    def __init__(self, memory: Memory, bits: Word) -> None:
+        self.memory, self.bits = memory, bits
+        self.limit: Word = memory.limit
+
+    def load(self, address: Word) -> Word:
+        """The memory's own entry with the bits toggled."""
+        return self.memory.load(address) ^ self.bits
+
+
+class Watched:
+    """Another memory that keeps the address of every load, in order."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.limit: Word = memory.limit
+        self.loads: list[Word] = []
+
+    def load(self, address: Word) -> Word:
+        """The memory's own entry."""
+        self.loads.append(address)
+        return self.memory.load(address)

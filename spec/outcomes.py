@@ -1,0 +1,75 @@
+"""Outcomes of one access through paging, with the architecture's own codes.
+
+Where the architecture leaves a choice, an outcome holds the set of what is allowed, as bits that
+may be set besides those that must: `PageFault.may_update` and `PageFault.open_bits`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from vapama.spec.words import Word
+
+# Page-fault error code (Intel SDM Vol. 3A, 4.7).
+P, W, U, RSVD, I, PK = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5
+
+
+class Update(NamedTuple):
+    """Bits to be set (or'ed) into the paging-structure entry at a physical address."""
+
+    address: Word
+    bits: Word
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """The access goes to physical address `pa`, through a page mapped at `level` (1, 2 or 3).
+
+    `updates` are the accessed and dirty flags it sets, in the order of the walk, one for every
+    entry used, whether or not the flags were set before.
+    """
+
+    pa: Word
+    level: int
+    updates: tuple[Update, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PageFault:
+    """#PF with this error code.
+
+    `may_update` are the accessed flags that a processor may have set on the way (any subset);
+    `open_bits` are bits of the error code that the manuals leave undecided.
+    """
+
+    error_code: Word
+    may_update: tuple[Update, ...] = ()
+    open_bits: Word = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NonCanonical:
+    """The linear address is not canonical: #GP(0), or #SS(0) for a stack access."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideMemory:
+    """The walk needs the entry at this physical address, where the machine has no memory."""
+
+    address: Word
+    may_update: tuple[Update, ...] = ()
+
+
+Outcome: TypeAlias = Translated | PageFault | NonCanonical | OutsideMemory
+
+
+def kind(outcome: Outcome) -> str:
+    """The kind of an outcome in words, as reports and non-vacuity checks name it."""
+    return _KINDS[type(outcome)]
+
+
+_KINDS = {
+    Translated: "translated",
+    PageFault: "page fault",
+    NonCanonical: "non-canonical address",
+    OutsideMemory: "entry outside memory",
+}

@@ -1,0 +1,156 @@
+"""Subjects: the implementations of address translation that can be checked against this spec.
+
+A subject is anything with `capabilities` and `translate`. It says what it can observe, and an
+invariant compares only that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from vapama.spec.cpu import Cpu
+from vapama.spec.domains import Domain
+from vapama.spec.memory import Memory
+from vapama.spec.outcomes import (
+    NonCanonical,
+    Outcome,
+    OutsideMemory,
+    PageFault,
+    Translated,
+    Update,
+)
+from vapama.spec.paging import Access
+from vapama.spec.words import Condition, Word
+
+# What a subject can be able to observe.
+PA = "pa"
+"""The physical address of a translated access."""
+LEVEL = "level"
+"""The level that maps the page, that is its size."""
+ERROR_CODE = "error code"
+"""The page-fault error code."""
+UPDATES = "updates"
+"""The accessed and dirty flags set, entry by entry in the order of the walk."""
+EFFECTS = "effects"
+"""The accessed and dirty flags as found in memory afterwards: newly set bits by address."""
+LOADS = "loads"
+"""Each entry that the walk reads (it reads them through `Memory.load`)."""
+MANY = "translate_many"
+"""Has `translate_many`."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a subject covers and observes.
+
+    `symbolic`: it runs on symbolic words, so that it can be proved. `preload`: it needs all the
+    entries that a walk will read before it starts (a real machine does), not one by one.
+    `narrow`: draws, by name, that the subject can take only some values of.
+    """
+
+    observes: frozenset[str]
+    symbolic: bool = False
+    preload: bool = False
+    narrow: Mapping[str, Domain] = field(default_factory=dict)
+
+
+class Subject(Protocol):
+    """An implementation of address translation."""
+
+    capabilities: Capabilities
+
+    def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
+        """The outcome of one access from a clean state (no cached translations).
+
+        Raises `NotCovered` for a case outside what the subject can be asked.
+        """
+
+
+class BatchSubject(Subject, Protocol):
+    """A subject that also translates many addresses in one call."""
+
+    def translate_many(
+        self, cpu: Cpu, memory: Memory, addresses: Sequence[Word], access: Access
+    ) -> list[Outcome]:
+        """The outcomes of `access` at each of `addresses`; no flags are set on the way."""
+
+
+class NotCovered(Exception):  # noqa: N818  (it is not an error: the case is passed over)
+    """The subject cannot be asked this case; say why."""
+
+
+Effects: TypeAlias = dict[int, int]
+
+
+def agree(
+    expected: Outcome, observed: Outcome, memory: Memory, capabilities: Capabilities
+) -> Condition:
+    """Whether what a subject observed is what the reference allows.
+
+    Compares the kind of outcome, and of it only what the subject observes. Bits of an error code
+    that the manuals leave open are not compared, and any subset of the flags that a faulting walk
+    may set is right.
+    """
+    if type(expected) is not type(observed):
+        return False
+    observes = capabilities.observes
+    match expected, observed:
+        case Translated(), Translated():
+            same = _flags_agree(expected.updates, observed.updates, memory, observes)
+            if PA in observes:
+                same = same & (expected.pa == observed.pa)
+            if LEVEL in observes:
+                same = same & (expected.level == observed.level)
+            return same
+        case PageFault(), PageFault():
+            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+            if ERROR_CODE in observes:
+                difference = expected.error_code ^ observed.error_code
+                same = same & (difference & ~expected.open_bits == 0)
+            return same
+        case OutsideMemory(), OutsideMemory():
+            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+            return same & (expected.address == observed.address)
+        case NonCanonical(), NonCanonical():
+            return True
+    return False
+
+
+def _flags_agree(
+    expected: tuple[Update, ...],
+    observed: tuple[Update, ...],
+    memory: Memory,
+    observes: frozenset[str],
+) -> Condition:
+    if UPDATES in observes:
+        if len(expected) != len(observed):
+            return False
+        same: Condition = True
+        for e, o in zip(expected, observed, strict=True):
+            same = same & (e.address == o.address) & (e.bits == o.bits)
+        return same
+    if EFFECTS in observes:
+        return effects(expected, memory) == effects(observed, memory)
+    return True
+
+
+def _flags_allowed(
+    allowed: tuple[Update, ...],
+    observed: tuple[Update, ...],
+    memory: Memory,
+    observes: frozenset[str],
+) -> Condition:
+    """Whether the flags set on a faulting walk are among those that may be."""
+    if not observed or not observes & {UPDATES, EFFECTS}:
+        return True
+    may, did = effects(allowed, memory), effects(observed, memory)
+    return all(bits & ~may.get(address, 0) == 0 for address, bits in did.items())
+
+
+def effects(updates: tuple[Update, ...], memory: Memory) -> Effects:
+    """The bits that these updates newly set in memory, by address, where there are any."""
+    gathered: Effects = {}
+    for address, bits in updates:
+        gathered[address] = gathered.get(address, 0) | bits
+    new = {address: bits & ~memory.load(address) for address, bits in gathered.items()}
+    return {address: bits for address, bits in new.items() if bits}
