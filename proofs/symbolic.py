@@ -130,15 +130,14 @@ class SymWord:
 
     def __eq__(self, other: object) -> Any:
         if not isinstance(other, int | SymWord | SymBool):
-            return False
+            return NotImplemented
         o = word(other)
         if self.must & ~o.may or o.must & ~self.may:
             return False
         return SymBool(self.term == o.term)
 
     def __ne__(self, other: object) -> Any:
-        same = self == other
-        return (not same) if isinstance(same, bool) else SymBool(z3.Not(same.term))
+        return _negated(self == other)
 
     def __lt__(self, other: Operand) -> Any:
         o = word(other)
@@ -149,8 +148,7 @@ class SymWord:
         return SymBool(z3.ULT(self.term, o.term))
 
     def __ge__(self, other: Operand) -> Any:
-        below = self < other
-        return (not below) if isinstance(below, bool) else SymBool(z3.Not(below.term))
+        return _negated(self < other)
 
     def __gt__(self, other: Operand) -> Any:
         return word(other) < self
@@ -243,13 +241,16 @@ class SymBool:
         return word(self) == other
 
     def __ne__(self, other: object) -> Any:
-        same = self == other
-        return (not same) if isinstance(same, bool) else SymBool(z3.Not(same.term))
+        return _negated(self == other)
 
     def ite(self, then: Operand, otherwise: Operand) -> Operand:
         """`then` where the condition holds, else `otherwise`: see `spec.words.ite`."""
         a, b = word(then), word(otherwise)
         return _make(z3.If(self.term, a.term, b.term), a.may | b.may, a.must & b.must)
+
+
+def _negated(condition: Any) -> Any:
+    return SymBool(z3.Not(condition.term)) if isinstance(condition, SymBool) else not condition
 
 
 def word(value: Operand) -> SymWord:
@@ -369,6 +370,7 @@ class Explorer(Nondet):
         self.draws: dict[str, Any] = {}
         self.memories: list[SymMemory] = []
         self.reached: set[str] = set()
+        self.known: dict[int, bool] = {}
         self.refuted: list[tuple[list[z3.BoolRef], z3.BoolRef]] = []
         self.on_path: Callable[[int], None] = lambda paths: None
 
@@ -453,15 +455,20 @@ class Explorer(Nondet):
             return True
         if z3.is_false(term):
             return False
-        return self._decide(BRANCH, [term, z3.Not(term)]) == 0
+        known = self.known.get(term.get_id())
+        if known is None:
+            known = self._decide(BRANCH, [term, z3.Not(term)]) == 0
+            self.known[term.get_id()] = known
+        return known
 
     def require(self, term: z3.BoolRef, otherwise: str) -> None:
         """End in `Unfaithful` unless the condition always holds on this path."""
         term = z3.simplify(term)
-        if z3.is_true(term):
+        if z3.is_true(term) or self.known.get(term.get_id()) is True:
             return
         if self._decide(MUST, [term, z3.Not(term)]) != 0:
             raise Unfaithful(otherwise)
+        self.known[term.get_id()] = True
 
     def _assume(self, term: z3.BoolRef) -> None:
         if z3.is_true(term):
@@ -482,7 +489,7 @@ class Explorer(Nondet):
             self.trail.append(decision)
         if at >= self.depth:
             self.solver.push()
-            if decision.taken >= 0 and len(options) > len(decision.shut) + 1 or kind == ASSUME:
+            if decision.taken >= 0:
                 self.solver.add(options[decision.taken])
             self.depth += 1
         return decision.taken
@@ -531,7 +538,7 @@ class Explorer(Nondet):
         paths: list[Path] = []
         while True:
             self.position = 0
-            self.draws, self.memories, self.reached = {}, [], set()
+            self.draws, self.memories, self.reached, self.known = {}, [], set(), {}
             outer, _explorer = _explorer, self
             try:
                 function()

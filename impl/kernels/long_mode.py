@@ -129,12 +129,10 @@ def finish(mode, pkru, pkrs, address, code, access, entry, rights, no_execute, l
 def mark(memory, levels, level, write, path):
     """Set the accessed flags, and for a write the dirty flag, of a walk that ended at `level`."""
     at = levels
-    while at >= level:
-        index = path[at]
-        memory[index] = memory[index] | 0x20
+    while at > level:
+        memory[path[at]] = memory[path[at]] | 0x20
         at = at - 1
-    index = path[level]
-    memory[index] = memory[index] | write << 6
+    memory[path[level]] = memory[path[level]] | 0x20 | write << 6
 
 
 def walk_and_mark(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path):

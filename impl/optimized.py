@@ -1,0 +1,212 @@
+"""The kernels as subjects: `optimized` runs their source, `compiled` their machine code."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vapama.impl.kernels import long_mode
+from vapama.spec.cpu import Cpu
+from vapama.spec.memory import Memory, Sparse
+from vapama.spec.outcomes import (
+    NonCanonical,
+    Outcome,
+    OutsideMemory,
+    PageFault,
+    Translated,
+    Update,
+)
+from vapama.spec.paging import Access
+from vapama.spec.subject import (
+    EFFECTS,
+    ERROR_CODE,
+    LEVEL,
+    LOADS,
+    MANY,
+    PA,
+    UPDATES,
+    Capabilities,
+    NotCovered,
+)
+
+
+def access_word(access: Access) -> int:
+    """An access as the kernels take it."""
+    return access.implicit | access.write << 1 | access.user << 2 | access.fetch << 4
+
+
+def controls(kernels: Any, cpu: Cpu) -> tuple[Any, ...]:
+    """What the kernels need of the control state: mode, reserved, cr3, pkru, pkrs."""
+    return (
+        kernels.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb),
+        kernels.reserved_word(cpu.efer, cpu.maxphyaddr),
+        cpu.cr3,
+        cpu.pkru,
+        cpu.pkrs,
+    )
+
+
+class Entries:
+    """A memory as the kernels index it: the i-th 8-byte entry."""
+
+    __slots__ = ("load",)
+
+    def __init__(self, memory: Memory) -> None:
+        self.load = memory.load
+
+    def __getitem__(self, index: int) -> int:
+        """The entry with this index."""
+        return self.load(index << 3)
+
+
+class Marks:
+    """In place of memory for the `mark` kernel: keeps the bits that it sets, in order."""
+
+    __slots__ = ("updates",)
+
+    def __init__(self) -> None:
+        self.updates: tuple[Update, ...] = ()
+
+    def __getitem__(self, index: int) -> int:
+        """No bits: what is written back is then what is set."""
+        return 0
+
+    def __setitem__(self, index: int, bits: int) -> None:
+        """Keep an update of the entry with this index."""
+        self.updates = (*self.updates, Update(index << 3, bits))
+
+
+class Optimized:
+    """The kernels as they are written. `kernels` is their module, or a patched copy of it."""
+
+    capabilities = Capabilities(
+        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY}), symbolic=True
+    )
+
+    def __init__(self, kernels: Any = long_mode) -> None:
+        self.kernels = kernels
+
+    def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
+        """The outcome of the walk kernel; it sets no flags when it faults."""
+        k, path = self.kernels, [0] * 6
+        status, value = k.walk(
+            Entries(memory),
+            memory.limit >> 3,
+            *controls(k, cpu),
+            access.address,
+            access_word(access),
+            path,
+        )
+        if status >= long_mode.FAULT:
+            return outcome(status, value)
+        marks = Marks()
+        k.mark(marks, cpu.levels, status, access.write, path)
+        return Translated(value, status, marks.updates)
+
+    def translate_many(
+        self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access
+    ) -> list[Outcome]:
+        """The outcomes of the batch kernel. Their updates are empty: it sets no flags."""
+        k, count = self.kernels, len(addresses)
+        statuses, values = [0] * count, [0] * count
+        k.translate_many(
+            Entries(memory),
+            memory.limit >> 3,
+            *controls(k, cpu),
+            addresses,
+            access_word(access),
+            [0] * 6,
+            statuses,
+            values,
+        )
+        return [outcome(s, v) for s, v in zip(statuses, values, strict=True)]
+
+
+class Compiled:
+    """The kernels' machine code, on a real image: its flags are found in memory afterwards."""
+
+    capabilities = Capabilities(
+        observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY}), preload=True
+    )
+    LARGEST = 1 << 30
+    """The largest memory, in bytes, that an image is made for."""
+
+    def __init__(self, kernels: Any = long_mode) -> None:
+        # numba takes a while to import, and most commands need none of it.
+        from vapama.impl.kernels.compiled import compiled
+
+        self.kernels = kernels
+        self._walk_and_mark = compiled(kernels.walk_and_mark)
+        self._translate_many = compiled(kernels.translate_many)
+        self._image = np.zeros(0, dtype=np.uint64)
+        self._path = np.zeros(6, dtype=np.uint64)
+
+    def translate(self, cpu: Cpu, memory: Sparse, access: Access) -> Outcome:
+        """The outcome of the compiled walk, with the flags that it set in memory."""
+        image, indices = self._load(memory)
+        status, value = self._walk_and_mark(
+            image,
+            *_words(memory.limit >> 3, *controls(self.kernels, cpu)),
+            *_words(access.address, access_word(access)),
+            self._path,
+        )
+        after = image[indices].tolist()
+        image[indices] = 0
+        before = memory.touched.items()
+        updates = tuple(
+            Update(a, new & ~old) for (a, old), new in zip(before, after, strict=True)
+        )
+        status, value = int(status), int(value)
+        if status < long_mode.FAULT:
+            return Translated(value, status, updates)
+        updates = tuple(update for update in updates if update.bits)
+        if status == long_mode.FAULT:
+            return PageFault(value, updates)
+        return outcome(status, value)
+
+    def translate_many(
+        self, cpu: Cpu, memory: Sparse, addresses: Sequence[int], access: Access
+    ) -> list[Outcome]:
+        """The outcomes of the compiled batch kernel."""
+        image, indices = self._load(memory)
+        statuses = np.zeros(len(addresses), dtype=np.uint64)
+        values = np.zeros_like(statuses)
+        self._translate_many(
+            image,
+            *_words(memory.limit >> 3, *controls(self.kernels, cpu)),
+            np.array(addresses, dtype=np.uint64),
+            *_words(access_word(access)),
+            self._path,
+            statuses,
+            values,
+        )
+        image[indices] = 0
+        results = zip(statuses.tolist(), values.tolist(), strict=True)
+        return [outcome(status, value) for status, value in results]
+
+    def _load(self, memory: Sparse) -> tuple[npt.NDArray[np.uint64], list[int]]:
+        """An image of the memory's size that holds its entries and is 0 elsewhere, and where."""
+        if memory.limit > self.LARGEST:
+            raise NotCovered(f"a memory of {memory.limit:#x} bytes: no image is made of it")
+        if len(self._image) < memory.limit >> 3:
+            self._image = np.zeros(memory.limit >> 3, dtype=np.uint64)
+        indices = [address >> 3 for address in memory.touched]
+        for index, value in zip(indices, memory.touched.values(), strict=True):
+            self._image[index] = value
+        return self._image, indices
+
+
+def outcome(status: int, value: int) -> Outcome:
+    """A kernel's result as an outcome, without the flags it set."""
+    if status < long_mode.FAULT:
+        return Translated(value, status, ())
+    if status == long_mode.FAULT:
+        return PageFault(value)
+    if status == long_mode.OUTSIDE:
+        return OutsideMemory(value)
+    return NonCanonical()
+
+
+def _words(*values: int) -> tuple[np.uint64, ...]:
+    return tuple(map(np.uint64, values))

@@ -1,0 +1,1 @@
+"""The invariants, one file a topic. A new file here is found by itself."""

@@ -1,0 +1,326 @@
+"""Concrete runs of an invariant: draws of ints, guarded subjects, replay and shrinking of Cases.
+
+Shared by all engines: those that search by concrete runs, and the symbolic one, which replays
+its models here before it reports them.
+"""
+
+import linecache
+import signal
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+from vapama.case import Case, make_case
+from vapama.spec import domains
+from vapama.spec.cpu import Cpu
+from vapama.spec.domains import Domain
+from vapama.spec.memory import Memory, Sparse, Watched
+from vapama.spec.nondet import Invariant, Nondet, Reject
+from vapama.spec.outcomes import Outcome
+from vapama.spec.paging import Access, translate
+from vapama.spec.subject import Capabilities, NotCovered, agree
+
+T = TypeVar("T")
+DrawName = str | tuple[str, int]
+
+
+class OutsideRead(AssertionError):
+    """A walk read an address that memory does not hold, or an unaligned one."""
+
+
+class LazyMemory:
+    """A memory whose entries are drawn when a walk first reads them."""
+
+    __slots__ = ("entries", "limit", "name", "nondet")
+
+    def __init__(self, nondet: "Concrete", name: str, limit: int) -> None:
+        self.nondet, self.name, self.limit = nondet, name, limit
+        self.entries: dict[int, int] = {}
+
+    def load(self, address: int) -> int:
+        """The entry at `address`. Raises `OutsideRead`."""
+        value = self.entries.get(address)
+        if value is None:
+            if not 0 <= address < self.limit or address & 7:
+                raise OutsideRead(f"a load at {address:#x}, outside the {self.limit:#x} bytes")
+            value = self.entries[address] = self.nondet.entry(self.name, address)
+        return value
+
+
+class Concrete(Nondet):
+    """Draws of ints, recorded in order in `trail`."""
+
+    def __init__(self, narrow: Mapping[str, Domain] | None = None) -> None:
+        self.narrow = narrow or {}
+        self.trail: list[tuple[DrawName, int]] = []
+        self.reached: set[str] = set()
+
+    def draw(self, name: DrawName, domain: Domain) -> int:
+        """A value of the domain: what makes one engine differ from another."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it draws")
+
+    def choose(self, name: str, count: int) -> int:
+        """An index below `count`."""
+        return self.draw(name, Domain(among=tuple(range(count))))
+
+    def word(self, name: str, domain: Domain = domains.ANY) -> int:
+        """A drawn word."""
+        value = self.draw(name, self.narrow.get(name, domain))
+        self.trail.append((name, value))
+        return value
+
+    def entry(self, memory: str, address: int) -> int:
+        """A drawn entry of a memory."""
+        name = (memory, address)
+        value = self.draw(name, domains.ENTRY)
+        self.trail.append((name, value))
+        return value
+
+    def one_of(self, name: str, options: Sequence[T]) -> T:
+        """A drawn option."""
+        index = self.choose(name, len(options))
+        self.trail.append((name, index))
+        return options[index]
+
+    def memory(self, name: str) -> Memory:
+        """A memory drawn entry by entry."""
+        return LazyMemory(self, name, self.word(f"{name}.limit", domains.LIMIT))
+
+    def assume(self, condition: bool) -> None:
+        """Reject the run if the condition does not hold."""
+        if not condition:
+            raise Reject
+
+    def reach(self, label: str) -> None:
+        """Remember the label."""
+        self.reached.add(label)
+
+    def seen(self, state: Hashable) -> None:
+        """Goes on, whatever the state."""
+
+    def draws(self) -> list[tuple[str, int]]:
+        """The trail with its names spelled out, as a Case holds it."""
+        return [
+            (name if isinstance(name, str) else f"{name[0]}[{name[1]:#x}]", value)
+            for name, value in self.trail
+        ]
+
+
+class Replay(Concrete):
+    """The draws of a Case. What it does not name is the simplest value of its domain."""
+
+    def __init__(
+        self, values: Mapping[str, int], narrow: Mapping[str, Domain] | None = None
+    ) -> None:
+        super().__init__(narrow)
+        self.values = values
+
+    def draw(self, name: DrawName, domain: Domain) -> int:
+        """The recorded value. Raises `Reject` if it is not one that this draw can have."""
+        if isinstance(name, tuple):
+            return self.values.get(f"{name[0]}[{name[1]:#x}]", 0)
+        value = self.values.get(name)
+        if value is None:
+            return domain.representatives()[0]
+        if not domain.holds(value):
+            raise Reject
+        return value
+
+
+class SubjectRaised(BaseException):
+    """The subject itself raised: a failure of the subject, whatever the invariant claims."""
+
+
+class SubjectHung(BaseException):
+    """The subject did not come back in time."""
+
+
+class Guarded:
+    """A subject as the engines hold it.
+
+    Tells the subject's own exceptions from the invariant's, gives memory beforehand to one that
+    needs it so, and keeps the calls of the run for the classification of known departures.
+    """
+
+    def __init__(self, name: str, subject: Any) -> None:
+        self.name, self.subject = name, subject
+        self.capabilities: Capabilities = subject.capabilities
+        self._translate = subject.translate
+        self._keep = hasattr(subject, "departure")
+        self.calls: list[tuple[Cpu, Memory, Access, Outcome]] = []
+
+    def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
+        """The subject's outcome. Raises `Reject` for a case that it does not cover."""
+        if self.capabilities.preload:
+            memory = preloaded(cpu, memory, access)
+        try:
+            outcome: Outcome = self._translate(cpu, memory, access)
+        except (AssertionError, MemoryError):
+            raise
+        except NotCovered:
+            raise Reject from None
+        except Exception as error:
+            raise SubjectRaised(_in_one_line(error)) from error
+        if self._keep:
+            self.calls.append((cpu, memory, access, outcome))
+        return outcome
+
+    def translate_many(
+        self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access
+    ) -> list[Outcome]:
+        """The subject's outcomes for several addresses."""
+        if self.capabilities.preload:
+            touched = [preloaded(cpu, memory, access._replace(address=a)) for a in addresses]
+            entries = {a: v for one in touched for a, v in one.touched.items()}
+            memory = Sparse(entries, memory.limit)
+        try:
+            outcomes: list[Outcome] = self.subject.translate_many(cpu, memory, addresses, access)
+        except AssertionError:
+            raise
+        except NotCovered:
+            raise Reject from None
+        except Exception as error:
+            raise SubjectRaised(_in_one_line(error)) from error
+        return outcomes
+
+    def departure(self) -> str | None:
+        """The known departure, by name, that a call of this run shows; None if there is none."""
+        for cpu, memory, access, observed in self.calls:
+            expected = translate(cpu, memory, access)
+            if not agree(expected, observed, memory, self.capabilities):
+                name: str | None = self.subject.departure(cpu, memory, access, expected, observed)
+                if name is not None:
+                    return name
+        return None
+
+
+def preloaded(cpu: Cpu, memory: Memory, access: Access) -> Sparse:
+    """The entries of `memory` that a walk reads, read (and so drawn) by the reference."""
+    watched = Watched(memory)
+    translate(cpu, watched, access)
+    return Sparse({a: memory.load(a) for a in watched.loads}, memory.limit)
+
+
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class Failure(NamedTuple):
+    """Why a run failed, in a line."""
+
+    message: str
+
+
+def attempt(invariant: Invariant, nondet: Concrete, subject: Guarded) -> Failure | None:
+    """Run the invariant once. Raises `Reject`, `KnownDeparture`."""
+    subject.calls.clear()
+    try:
+        invariant.claim(nondet, subject)
+    except AssertionError as error:
+        if subject._keep:
+            name = subject.departure()
+            if name is not None:
+                raise KnownDeparture(name) from None
+        return Failure(_assertion(error))
+    except SubjectRaised as error:
+        return Failure(f"the subject raised {error}")
+    except SubjectHung as error:
+        return Failure(str(error))
+    return None
+
+
+class KnownDeparture(BaseException):
+    """The run shows a departure of the subject that is known by name."""
+
+
+def _assertion(error: AssertionError) -> str:
+    """What an assertion said: its message, or its source line."""
+    if str(error):
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    trace: types.TracebackType | None = error.__traceback__
+    line = ""
+    while trace is not None:
+        line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).strip()
+        trace = trace.tb_next
+    return line or "the claim does not hold"
+
+
+@contextmanager
+def hang_guard(seconds: float) -> Iterator[Callable[[], None]]:
+    """Raise `SubjectHung` in this thread when `seconds` pass between calls of what it yields."""
+
+    def alarm(signum: int, frame: object) -> None:
+        raise SubjectHung(f"the subject hung: no result within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, alarm)
+
+    def restart() -> None:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    restart()
+    try:
+        yield restart
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def replay(invariant: Invariant, case: Case, subject: Guarded) -> tuple[Failure | None, Replay]:
+    """Run a Case. Raises `Reject` if it breaks an assumption, `KnownDeparture`."""
+    nondet = Replay(case.values(), subject.capabilities.narrow)
+    return attempt(invariant, nondet, subject), nondet
+
+
+def shrink(
+    invariant: Invariant,
+    subject: Guarded,
+    draws: list[tuple[str, int]],
+    engine: str,
+    most_runs: int = 20_000,
+) -> Case | None:
+    """The simplest failing Case that can be reached from `draws` by dropping them and their bits.
+
+    None if the draws do not fail when replayed.
+    """
+    runs = 0
+
+    def fails(values: dict[str, int]) -> tuple[Failure, Replay] | None:
+        nonlocal runs
+        runs += 1
+        nondet = Replay(values, subject.capabilities.narrow)
+        try:
+            failure = attempt(invariant, nondet, subject)
+        except (Reject, KnownDeparture):
+            return None
+        return None if failure is None else (failure, nondet)
+
+    best = fails(dict(draws))
+    if best is None:
+        return None
+    improved = "hung" not in best[0].message
+    while improved and runs < most_runs:
+        improved = False
+        for name, value in best[1].draws():
+            for simpler in _simpler(value):
+                found = fails({**dict(best[1].draws()), name: simpler})
+                if found is not None and _size(found[1]) < _size(best[1]):
+                    best, improved = found, True
+                    break
+    failure, nondet = best
+    return make_case(invariant.name, subject.name, engine, failure.message, nondet.draws())
+
+
+def _simpler(value: int) -> Iterator[int]:
+    """Smaller values to try: 0, then without each of its bits, from the highest."""
+    if value:
+        yield 0
+    for position in reversed(range(value.bit_length())):
+        if value >> position & 1 and value != 1 << position:
+            yield value & ~(1 << position)
+
+
+def _size(run: Replay) -> tuple[int, int, int]:
+    """How complex a run is: number of draws, bits set in them, sum of the values."""
+    values = [value for _, value in run.trail]
+    return len(values), sum(value.bit_count() for value in values), sum(values)

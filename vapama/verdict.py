@@ -1,0 +1,112 @@
+"""Verdicts and budgets: what an engine may spend, and what it has to say."""
+
+import msgspec
+
+from vapama.case import BadInput, Case
+
+PROVED, HELD, COUNTEREXAMPLE = "proved", "held", "counterexample"
+UNDECIDED, NOT_APPLICABLE = "undecided", "not applicable"
+
+
+class Verdict(msgspec.Struct, kw_only=True):
+    """What one engine found about one invariant of one subject.
+
+    `detail` is the evidence in a few words (examples, executions, paths); `why` says what is wrong
+    for any other status than proved or held. `known` counts the disagreements that are departures
+    of the subject known by name.
+    """
+
+    invariant: str
+    engine: str
+    subject: str
+    status: str
+    detail: str = ""
+    why: str = ""
+    seconds: float = 0.0
+    executions: int = 0
+    known: dict[str, int] = {}
+    case: Case | None = None
+
+    @property
+    def good(self) -> bool:
+        """Whether the invariant was proved, or held in all that was tried."""
+        return self.status in (PROVED, HELD)
+
+
+EXIT_HELD, EXIT_COUNTEREXAMPLE, EXIT_BAD_INPUT, EXIT_UNDECIDED = 0, 1, 2, 3
+
+
+def exit_status(verdicts: list[Verdict]) -> int:
+    """0 if all held, 1 if there is a counterexample, else 3 if something is undecided or nothing
+    was checked at all."""
+    statuses = {v.status for v in verdicts}
+    if COUNTEREXAMPLE in statuses:
+        return EXIT_COUNTEREXAMPLE
+    if UNDECIDED in statuses or not statuses & {PROVED, HELD}:
+        return EXIT_UNDECIDED
+    return EXIT_HELD
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engines may spend on each invariant; `atheris` is for all invariants together."""
+
+    name: str
+    hypothesis_examples: int
+    random_seconds: float
+    atheris_seconds: float
+    exhaustive_runs: int
+    rlimit: int = 20_000_000
+    hang_seconds: float = 10.0
+    seed: int | None = 0
+    """The seed of all random choices; None draws a fresh one."""
+
+
+BUDGETS = {
+    "quick": Budget(
+        name="quick",
+        hypothesis_examples=100,
+        random_seconds=0.25,
+        atheris_seconds=6,
+        exhaustive_runs=20_000,
+    ),
+    "standard": Budget(
+        name="standard",
+        hypothesis_examples=2_000,
+        random_seconds=2,
+        atheris_seconds=60,
+        exhaustive_runs=500_000,
+    ),
+    "nightly": Budget(
+        name="nightly",
+        hypothesis_examples=50_000,
+        random_seconds=120,
+        atheris_seconds=3600,
+        exhaustive_runs=10_000_000,
+        rlimit=0,
+        seed=None,
+    ),
+}
+
+
+def budget_named(text: str) -> Budget:
+    """A budget by name, or so many SECONDS for each engine over all invariants of the walk.
+
+    Raises `BadInput`.
+    """
+    if text in BUDGETS:
+        return BUDGETS[text]
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e7:
+        names = ", ".join(BUDGETS)
+        raise BadInput(f"--budget {text}: give one of {names}, or a number of seconds")
+    return Budget(
+        name=f"{seconds:g} s",
+        hypothesis_examples=max(10, int(seconds * 30)),
+        random_seconds=seconds / 25,
+        atheris_seconds=seconds,
+        exhaustive_runs=max(1_000, int(seconds * 2_000)),
+        seed=None,
+    )
