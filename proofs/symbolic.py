@@ -305,6 +305,7 @@ class SymMemory:
         self.name, self.limit = name, limit
         self.array = z3.Array(name, z3.BitVecSort(64), z3.BitVecSort(64))
         self.loads: list[tuple[z3.BitVecRef, z3.BitVecRef]] = []
+        self.given: list[tuple[SymWord, Operand]] = []
 
     def load(self, address: Operand) -> Operand:
         """The entry at `address`, which must be aligned and below the limit."""
@@ -316,12 +317,15 @@ class SymMemory:
             _running().require(below.term, "a load may be outside memory")
         elif not below:
             raise Unfaithful("a load is outside memory")
+        for at, given in self.given:
+            if _running().always(where.term == at.term):
+                return given
         value = z3.Select(self.array, where.term)
         self.loads.append((where.term, value))
         return SymWord(value)
 
 
-BRANCH, ASSUME, CHOICE, MUST = "branch", "assume", "choice", "must"
+BRANCH, ASSUME, CHOICE, MUST, ASK = "branch", "assume", "choice", "must", "ask"
 
 
 @dataclass(slots=True)
@@ -419,7 +423,7 @@ class Explorer(Nondet):
         self.draws[name] = z3.BitVecVal(chosen, 64)
         return options[chosen]
 
-    def memory(self, name: str) -> Any:
+    def memory(self, name: str, given: Sequence[tuple[Any, Any]] = ()) -> Any:
         """A fresh SMT array."""
         memory = SymMemory(name, self.word(f"{name}.limit", domains.LIMIT))
         if self.pins is not None:
@@ -427,6 +431,11 @@ class Explorer(Nondet):
             for draw, value in self.pins.items():
                 if draw.startswith(prefix):
                     memory.array = z3.Store(memory.array, int(draw[len(prefix) : -1], 16), value)
+        for address, value in given:
+            self.assume(address < memory.limit)
+            self.assume(memory.load(address) == value)
+            memory.given.append((word(address), value))
+        memory.loads.clear()
         self.memories.append(memory)
         return memory
 
@@ -470,6 +479,13 @@ class Explorer(Nondet):
             raise Unfaithful(otherwise)
         self.known[term.get_id()] = True
 
+    def always(self, term: z3.BoolRef) -> bool:
+        """Whether the condition holds for all values on this path; forks nothing."""
+        term = z3.simplify(term)
+        if z3.is_true(term) or z3.is_false(term):
+            return bool(z3.is_true(term))
+        return self._decide(ASK, [term, z3.BoolVal(True)]) == 0
+
     def _assume(self, term: z3.BoolRef) -> None:
         if z3.is_true(term):
             return
@@ -503,6 +519,8 @@ class Explorer(Nondet):
             if self._possible(options[1]):
                 return Decision(kind, options, 1)
             return Decision(kind, options, 0, shut=[1])
+        if kind == ASK:
+            return Decision(kind, options, 1 if self._possible(z3.Not(options[0])) else 0)
         ways, shut = [], []
         for i, option in enumerate(options):
             last = i == len(options) - 1

@@ -4,7 +4,7 @@ What a processor reads where a machine has no memory is not architectural (all o
 machine check), so a walk that would need such an entry ends there: see `outcomes.OutsideMemory`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from vapama.spec.words import Word, ite
@@ -48,28 +48,32 @@ class Sparse:
         return self.touched.get(address, 0)
 
 
-class Overlay:
-    """Another memory with one entry replaced."""
+class Marked:
+    """Another memory with bits or'ed into some entries, as accessed and dirty flags are."""
 
-    def __init__(self, memory: Memory, address: Word, value: Word) -> None:
-        self.memory, self.address, self.value = memory, address, value
+    def __init__(self, memory: Memory, updates: Iterable[tuple[Word, Word]]) -> None:
+        self.memory, self.updates = memory, tuple(updates)
         self.limit: Word = memory.limit
 
     def load(self, address: Word) -> Word:
-        """The replacement at the replaced address, elsewhere the memory's own entry."""
-        return ite(address == self.address, self.value, self.memory.load(address))
+        """The memory's own entry with the bits set that its updates name."""
+        bits = 0
+        for where, more in self.updates:
+            bits = bits | ite(address == where, more, 0)
+        return self.memory.load(address) | bits
 
 
 class Altered:
-    """Another memory with `bits` of every entry toggled."""
+    """Another memory with `bits` toggled in every entry, or just in the one `at` an address."""
 
-    def __init__(self, memory: Memory, bits: Word) -> None:
-        self.memory, self.bits = memory, bits
+    def __init__(self, memory: Memory, bits: Word, at: Word | None = None) -> None:
+        self.memory, self.bits, self.at = memory, bits, at
         self.limit: Word = memory.limit
 
     def load(self, address: Word) -> Word:
         """The memory's own entry with the bits toggled."""
-        return self.memory.load(address) ^ self.bits
+        bits = self.bits if self.at is None else ite(address == self.at, self.bits, 0)
+        return self.memory.load(address) ^ bits
 
 
 class Watched:

@@ -42,8 +42,9 @@ class Nondet(ABC):
         """Any of `options`. A proof explores each on its own: prefer `word` for mere values."""
 
     @abstractmethod
-    def memory(self, name: str) -> Memory:
-        """Any memory: any size in whole pages, any content."""
+    def memory(self, name: str, given: Sequence[tuple[Word, Word]] = ()) -> Memory:
+        """Any memory: any size in whole pages, any content but for the `given` entries (address
+        and value), which it holds."""
 
     @abstractmethod
     def assume(self, condition: Condition) -> None:

@@ -83,9 +83,13 @@ class Concrete(Nondet):
         self.trail.append((name, index))
         return options[index]
 
-    def memory(self, name: str) -> Memory:
+    def memory(self, name: str, given: Sequence[tuple[int, int]] = ()) -> Memory:
         """A memory drawn entry by entry."""
-        return LazyMemory(self, name, self.word(f"{name}.limit", domains.LIMIT))
+        memory = LazyMemory(self, name, self.word(f"{name}.limit", domains.LIMIT))
+        for address, value in given:
+            self.assume(address < memory.limit)
+            memory.entries[address] = value
+        return memory
 
     def assume(self, condition: bool) -> None:
         """Reject the run if the condition does not hold."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vapama.spec.domains import ANY
-from vapama.spec.memory import Altered, Overlay
+from vapama.spec.memory import Altered, Marked
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.outcomes import PageFault, Translated, kind
 from vapama.spec.paging import (
@@ -77,10 +77,7 @@ def marking_changes_no_later_walk(nondet: Nondet, subject: Any) -> None:
     first = subject.translate(cpu, memory, access)
     if isinstance(first, Translated):
         nondet.reach("write" if access.write == 1 else "no write")
-        marked = memory
-        for address, bits in first.updates:
-            marked = Overlay(marked, address, marked.load(address) | bits)
-        again = subject.translate(cpu, marked, access)
+        again = subject.translate(cpu, Marked(memory, first.updates), access)
         assert isinstance(again, Translated)
         assert again.pa == first.pa
 

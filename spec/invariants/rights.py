@@ -6,13 +6,17 @@ path alone.
 
 from typing import Any
 
-from vapama.spec.domains import ENTRY
-from vapama.spec.memory import Overlay
+from vapama.spec.domains import Domain
+from vapama.spec.memory import Altered
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.outcomes import PK, PageFault, Translated
 from vapama.spec.paging import EXECUTE_DISABLE, USER, WRITABLE, path
 from vapama.spec.subject import ERROR_CODE
 from vapama.spec.words import Flag, Word, bit, ite
+
+
+WHICH = Domain(among=tuple(range(5)))
+RIGHTS = Domain(free=WRITABLE | USER | EXECUTE_DISABLE)
 
 
 def _over_the_path(steps: list[Any]) -> tuple[Word, Word]:
@@ -180,13 +184,12 @@ def rights_never_grow_down_the_walk(nondet: Nondet, subject: Any) -> None:
     nondet.assume((access.user == 1) & (cpu.nxe == 1))
     steps = list(path(cpu, memory, access.address))
     nondet.assume(len(steps) > 0)
-    removed = nondet.word("removed", ENTRY) & (WRITABLE | USER)
-    forbidden = nondet.word("forbidden", ENTRY) & EXECUTE_DISABLE
-    victim = nondet.one_of("victim", range(5))
-    nondet.assume(victim < len(steps))
-    _, address, entry = steps[victim]
-    stricter = Overlay(memory, address, entry & ~removed | forbidden)
-    after = subject.translate(cpu, stricter, access)
+    which = nondet.word("which", WHICH)
+    _, where, entry = steps[-1]
+    for i, step in enumerate(steps):
+        where, entry = ite(which == i, step.address, where), ite(which == i, step.entry, entry)
+    removed = nondet.word("removed", RIGHTS) & (entry ^ EXECUTE_DISABLE)
+    after = subject.translate(cpu, Altered(memory, removed, at=where), access)
     before = subject.translate(cpu, memory, access)
     if isinstance(after, Translated):
         nondet.reach("translated with less")
