@@ -17,7 +17,7 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
-from vapama.spec.paging import Access
+from vapama.spec.access import Access
 from vapama.spec.subject import (
     EFFECTS,
     ERROR_CODE,
@@ -89,20 +89,17 @@ class Optimized:
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The outcome of the walk kernel; it sets no flags when it faults."""
-        k, path = self.kernels, [0] * 6
-        status, value = k.walk(
+        k, marks = self.kernels, Marks()
+        status, value = k.walk_and_mark(
             Entries(memory),
+            marks,
             memory.limit >> 3,
             *controls(k, cpu),
             access.address,
             access_word(access),
-            path,
+            [0] * 6,
         )
-        if status >= long_mode.FAULT:
-            return outcome(status, value)
-        marks = Marks()
-        k.mark(marks, cpu.levels, status, access.write, path)
-        return Translated(value, status, marks.updates)
+        return outcome(status, value, marks.updates)
 
     def translate_many(
         self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access
@@ -147,6 +144,7 @@ class Compiled:
         image, indices = self._load(memory)
         status, value = self._walk_and_mark(
             image,
+            image,
             *_words(memory.limit >> 3, *controls(self.kernels, cpu)),
             *_words(access.address, access_word(access)),
             self._path,
@@ -157,13 +155,9 @@ class Compiled:
         updates = tuple(
             Update(a, new & ~old) for (a, old), new in zip(before, after, strict=True)
         )
-        status, value = int(status), int(value)
-        if status < long_mode.FAULT:
-            return Translated(value, status, updates)
-        updates = tuple(update for update in updates if update.bits)
-        if status == long_mode.FAULT:
-            return PageFault(value, updates)
-        return outcome(status, value)
+        if status >= long_mode.FAULT:
+            updates = tuple(update for update in updates if update.bits)
+        return outcome(int(status), int(value), updates)
 
     def translate_many(
         self, cpu: Cpu, memory: Sparse, addresses: Sequence[int], access: Access
@@ -197,14 +191,14 @@ class Compiled:
         return self._image, indices
 
 
-def outcome(status: int, value: int) -> Outcome:
-    """A kernel's result as an outcome, without the flags it set."""
+def outcome(status: int, value: int, updates: tuple[Update, ...] = ()) -> Outcome:
+    """A kernel's result, and the flags that it set, as an outcome."""
     if status < long_mode.FAULT:
-        return Translated(value, status, ())
+        return Translated(value, status, updates)
     if status == long_mode.FAULT:
-        return PageFault(value)
+        return PageFault(value, updates)
     if status == long_mode.OUTSIDE:
-        return OutsideMemory(value)
+        return OutsideMemory(value, updates)
     return NonCanonical()
 
 

@@ -375,6 +375,8 @@ class Explorer(Nondet):
         self.memories: list[SymMemory] = []
         self.reached: set[str] = set()
         self.known: dict[int, bool] = {}
+        self.simplified: dict[int, tuple[z3.BoolRef, z3.BoolRef, bool]] = {}
+        self.witness: z3.ModelRef | None = None
         self.refuted: list[tuple[list[z3.BoolRef], z3.BoolRef]] = []
         self.on_path: Callable[[int], None] = lambda paths: None
 
@@ -459,32 +461,52 @@ class Explorer(Nondet):
 
     def branch(self, term: z3.BoolRef) -> bool:
         """The truth of a condition on this path; explores both where both are possible."""
-        term = z3.simplify(term)
+        term, negated = self._normal(term)
         if z3.is_true(term):
-            return True
-        if z3.is_false(term):
-            return False
-        known = self.known.get(term.get_id())
-        if known is None:
-            known = self._decide(BRANCH, [term, z3.Not(term)]) == 0
-            self.known[term.get_id()] = known
-        return known
+            return not negated
+        if term.get_id() not in self.known:
+            sides = [z3.Not(term), term] if negated else [term, z3.Not(term)]
+            self.known[term.get_id()] = (self._decide(BRANCH, sides) == 0) is not negated
+        return self.known[term.get_id()] is not negated
 
     def require(self, term: z3.BoolRef, otherwise: str) -> None:
         """End in `Unfaithful` unless the condition always holds on this path."""
-        term = z3.simplify(term)
-        if z3.is_true(term) or self.known.get(term.get_id()) is True:
-            return
-        if self._decide(MUST, [term, z3.Not(term)]) != 0:
+        term, negated = self._normal(term)
+        if z3.is_true(term):
+            holds = not negated
+        elif term.get_id() in self.known:
+            holds = self.known[term.get_id()] is not negated
+        else:
+            claim = z3.Not(term) if negated else term
+            holds = self._decide(MUST, [claim, z3.Not(claim)]) == 0
+            if holds:
+                self.known[term.get_id()] = not negated
+        if not holds:
             raise Unfaithful(otherwise)
-        self.known[term.get_id()] = True
+
+    def _normal(self, term: z3.BoolRef) -> tuple[z3.BoolRef, bool]:
+        """The condition simplified and without its outer negation, and whether it had one.
+
+        Terms that mean the same on a re-run are the same object to z3, so the work is done once.
+        """
+        found = self.simplified.get(term.get_id())
+        if found is None:
+            simple = z3.simplify(term)
+            negated = False
+            while z3.is_not(simple):
+                simple, negated = simple.arg(0), not negated
+            if z3.is_false(simple):
+                simple, negated = z3.BoolVal(True), not negated
+            found = self.simplified[term.get_id()] = (term, simple, negated)
+        return found[1], found[2]
 
     def always(self, term: z3.BoolRef) -> bool:
         """Whether the condition holds for all values on this path; forks nothing."""
-        term = z3.simplify(term)
-        if z3.is_true(term) or z3.is_false(term):
-            return bool(z3.is_true(term))
-        return self._decide(ASK, [term, z3.BoolVal(True)]) == 0
+        term, negated = self._normal(term)
+        if z3.is_true(term):
+            return not negated
+        claim = z3.Not(term) if negated else term
+        return self._decide(ASK, [claim, z3.BoolVal(True)]) == 0
 
     def _assume(self, term: z3.BoolRef) -> None:
         if z3.is_true(term):
@@ -506,7 +528,10 @@ class Explorer(Nondet):
         if at >= self.depth:
             self.solver.push()
             if decision.taken >= 0:
-                self.solver.add(options[decision.taken])
+                taken = options[decision.taken]
+                self.solver.add(taken)
+                if self.witness is not None and not z3.is_true(self.witness.eval(taken, True)):
+                    self.witness = None
             self.depth += 1
         return decision.taken
 
@@ -533,13 +558,17 @@ class Explorer(Nondet):
         return Decision(kind, options, ways[0], ways[1:], shut)
 
     def _possible(self, term: z3.BoolRef) -> bool:
+        if self.witness is not None and z3.is_true(self.witness.eval(term, True)):
+            return True
         self.checks += 1
         answer = self.solver.check(term)
         if answer == z3.unknown:
             raise Undecided(self.solver.reason_unknown())
         if answer == z3.unsat:
-            self.refuted.append(([*self._conditions()], term))
-        return bool(answer == z3.sat)
+            self.refuted.append((self._conditions(), term))
+            return False
+        self.witness = self.solver.model()
+        return True
 
     def _conditions(self) -> list[z3.BoolRef]:
         return [d.options[d.taken] for d in self.trail if d.taken >= 0 and d.kind != CHOICE]

@@ -17,7 +17,7 @@ from vapama.spec import domains
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
-from vapama.spec.paging import Access
+from vapama.spec.access import Access
 from vapama.spec.words import Condition, Flag, Word, low_bits
 
 T = TypeVar("T")

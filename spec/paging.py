@@ -7,6 +7,7 @@ codes), 4.8 (accessed and dirty flags). AMD's APM Vol. 2, 5.3 to 5.6, says the s
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import PAGE_BYTES, Memory
 from vapama.spec.outcomes import (
@@ -32,21 +33,6 @@ ACCESSED, DIRTY, PAGE_SIZE, GLOBAL = 1 << 5, 1 << 6, 1 << 7, 1 << 8
 EXECUTE_DISABLE = 1 << 63
 FRAME = 0x000F_FFFF_FFFF_F000
 """Bits 51:12, the physical address of a page or of the next paging structure."""
-
-
-class Access(NamedTuple):
-    """One access to a linear address; at most one of `write` and `fetch` is 1, a read has neither.
-
-    `user` is 1 for a user-mode access (made at CPL 3). `implicit` is 1 for an access that the
-    processor makes by itself to a system structure (GDT, LDT, IDT, TSS): a supervisor-mode data
-    access at any CPL, which RFLAGS.AC does not exempt from SMAP. Source: SDM Vol. 3A, 4.6.
-    """
-
-    address: Word
-    write: Flag = 0
-    fetch: Flag = 0
-    user: Flag = 0
-    implicit: Flag = 0
 
 
 def translate(cpu: Cpu, memory: Memory, access: Access) -> Outcome:

@@ -19,7 +19,7 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
-from vapama.spec.paging import Access
+from vapama.spec.access import Access
 from vapama.spec.words import Condition, Word
 
 # What a subject can be able to observe.

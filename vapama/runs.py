@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from vapama.case import Case, make_case
 from vapama.spec import domains
+from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import Invariant, Nondet, Reject
 from vapama.spec.outcomes import Outcome
-from vapama.spec.paging import Access, translate
+from vapama.spec.paging import translate
 from vapama.spec.subject import Capabilities, NotCovered, agree
 
 T = TypeVar("T")

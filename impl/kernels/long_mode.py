@@ -135,13 +135,11 @@ def mark(memory, levels, level, write, path):
     memory[path[level]] = memory[path[level]] | 0x20 | write << 6
 
 
-def walk_and_mark(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path):
-    """`walk`, and if it translates set the accessed and dirty flags in memory, as hardware does."""
-    status, value = walk(
-        memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path
-    )
+def walk_and_mark(memory, marks, entries, mode, reserved, cr3, pkru, pkrs, address, access, path):
+    """`walk`, and if it translates set the accessed and dirty flags in `marks`: the memory."""
+    status, value = walk(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path)
     if status < FAULT:
-        mark(memory, 4 + (mode >> MODE_LA57 & 1), status, access >> 1 & 1, path)
+        mark(marks, 4 + (mode >> MODE_LA57 & 1), status, access >> 1 & 1, path)
     return status, value
 
 
