@@ -16,7 +16,13 @@ Words that the kernels take and give:
 - a result is a pair (status, value): status 1, 2 or 3, translated by a page of that level, value is
   the physical address; FAULT, value is the error code; NONCANONICAL; OUTSIDE, value is the physical
   address of the entry that memory does not hold.
+
+The annotations are for the reader: numba derives types of its own from the arguments it is given.
 """
+
+from typing import Protocol
+
+from vapama.spec.words import Word
 
 FAULT = 8
 NONCANONICAL = 9
@@ -28,7 +34,32 @@ MODE_WP, MODE_NXE, MODE_SMEP, MODE_SMAP, MODE_AC = 0, 1, 2, 3, 4
 MODE_PKE, MODE_PKS, MODE_LA57, MODE_PAGE1GB = 5, 6, 7, 8
 
 
-def mode_word(cr0, cr4, efer, rflags, page1gb):
+class Words(Protocol):
+    """Words by index, to read: an array or a list in memory, or what stands for one in a proof."""
+
+    def __getitem__(self, index: int, /) -> Word:
+        """The word at `index`."""
+
+
+class Row(Words, Protocol):
+    """Words to read that are all there, so that they can be counted."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+
+class Store(Words, Protocol):
+    """Words to read and write."""
+
+    def __setitem__(self, index: int, word: Word, /) -> None:
+        """Put `word` at `index`."""
+
+
+class Table(Row, Store, Protocol):
+    """Words to read, write and count."""
+
+
+def mode_word(cr0: Word, cr4: Word, efer: Word, rflags: Word, page1gb: Word) -> Word:
     """The control bits that a walk needs, packed into one word."""
     return (
         (cr0 >> 16 & 1) << MODE_WP
@@ -43,12 +74,23 @@ def mode_word(cr0, cr4, efer, rflags, page1gb):
     )
 
 
-def reserved_word(efer, maxphyaddr):
+def reserved_word(efer: Word, maxphyaddr: Word) -> Word:
     """The bits that are reserved in a present entry of any level."""
     return 0x0010000000000000 - (1 << maxphyaddr) | (efer >> 11 & 1 ^ 1) << 63
 
 
-def walk(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path):
+def walk(
+    memory: Words,
+    entries: Word,
+    mode: Word,
+    reserved: Word,
+    cr3: Word,
+    pkru: Word,
+    pkrs: Word,
+    address: Word,
+    access: Word,
+    path: Store,
+) -> tuple[Word, Word]:
     """Translate one linear address. Returns (status, value), see the module."""
     level = 4
     shift = 48
@@ -97,7 +139,19 @@ def walk(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path
     return finish(mode, pkru, pkrs, address, code, access, entry, rights, no_execute, level, shift)
 
 
-def finish(mode, pkru, pkrs, address, code, access, entry, rights, no_execute, level, shift):
+def finish(
+    mode: Word,
+    pkru: Word,
+    pkrs: Word,
+    address: Word,
+    code: Word,
+    access: Word,
+    entry: Word,
+    rights: Word,
+    no_execute: Word,
+    level: Word,
+    shift: Word,
+) -> tuple[Word, Word]:
     """The end of a walk that found a page: check rights and keys, compose the address."""
     write = access >> 1 & 1
     user = access >> 2 & 1
@@ -126,7 +180,7 @@ def finish(mode, pkru, pkrs, address, code, access, entry, rights, no_execute, l
     return level, (entry & FRAME & ~offset) | (address & offset)
 
 
-def mark(memory, levels, level, write, path):
+def mark(memory: Store, levels: Word, level: Word, write: Word, path: Words) -> None:
     """Set the accessed flags, and for a write the dirty flag, of a walk that ended at `level`."""
     at = levels
     while at > level:
@@ -135,17 +189,43 @@ def mark(memory, levels, level, write, path):
     memory[path[level]] = memory[path[level]] | 0x20 | write << 6
 
 
-def walk_and_mark(memory, marks, entries, mode, reserved, cr3, pkru, pkrs, address, access, path):
+def walk_and_mark(
+    memory: Words,
+    marks: Store,
+    entries: Word,
+    mode: Word,
+    reserved: Word,
+    cr3: Word,
+    pkru: Word,
+    pkrs: Word,
+    address: Word,
+    access: Word,
+    path: Store,
+) -> tuple[Word, Word]:
     """`walk`, and if it translates set the accessed and dirty flags in `marks`: the memory."""
     status, value = walk(memory, entries, mode, reserved, cr3, pkru, pkrs, address, access, path)
     if status < FAULT:
-        mark(marks, 4 + (mode >> MODE_LA57 & 1), status, access >> 1 & 1, path)
+        levels = 4
+        if mode >> MODE_LA57 & 1:
+            levels = 5
+        mark(marks, levels, status, access >> 1 & 1, path)
     return status, value
 
 
 def translate_many(
-    memory, entries, mode, reserved, cr3, pkru, pkrs, addresses, access, path, statuses, values
-):
+    memory: Words,
+    entries: Word,
+    mode: Word,
+    reserved: Word,
+    cr3: Word,
+    pkru: Word,
+    pkrs: Word,
+    addresses: Row,
+    access: Word,
+    path: Store,
+    statuses: Store,
+    values: Store,
+) -> None:
     """`walk` for each of `addresses`, into `statuses` and `values`; sets no flags."""
     for i in range(len(addresses)):
         status, value = walk(
@@ -156,8 +236,16 @@ def translate_many(
 
 
 def enumerate_mappings(
-    memory, entries, mode, cr3, next_index, tables, found_address, found_level, found_entry
-):
+    memory: Words,
+    entries: Word,
+    mode: Word,
+    cr3: Word,
+    next_index: Store,
+    tables: Store,
+    found_address: Table,
+    found_level: Store,
+    found_entry: Store,
+) -> Word:
     """Every page mapped by present entries from CR3 down, in the order of linear addresses.
 
     `next_index` and `tables` are scratch of 6 words, by level. Stops when the `found_` arrays are
