@@ -58,6 +58,7 @@ MISTAKES: dict[str, Mistake] = {
         Mistake("a-user-page-needs-only-its-leaf", "rights = rights & entry", "rights = entry"),
         Mistake("no-execute-counts-only-at-the-leaf", "no_execute = no_execute | entry >> 63", "no_execute = entry >> 63"),
         Mistake("no-execute-of-the-leaf-is-forgotten", "no_execute = no_execute | entry >> 63\n        if leaf:\n            break", "if leaf:\n            break\n        no_execute = no_execute | entry >> 63"),
+        Mistake("two-no-executes-cancel", "no_execute = no_execute | entry >> 63", "no_execute = no_execute ^ entry >> 63"),
         Mistake("reads-need-a-writable-page", "| strict & (rights >> 1 & 1 ^ 1)", "| (strict | fetch ^ 1 ^ write) & (rights >> 1 & 1 ^ 1)"),
         Mistake("smep-is-ignored", "smep = fetch & mode >> MODE_SMEP", "smep = 0"),
         Mistake("smap-stops-fetches-too", "smap = (fetch ^ 1) & mode", "smap = mode"),
@@ -84,7 +85,7 @@ MISTAKES: dict[str, Mistake] = {
         Mistake("pat-of-a-large-page-is-reserved", "reserved | 0x1FE000", "reserved | 0x1FF000"),
         Mistake("ps-in-a-pml4e-is-taken", "must_be_zero = reserved | 0x80\n", "must_be_zero = reserved\n"),
         Mistake("1g-pages-always-exist", "((mode >> MODE_PAGE1GB & 1 ^ 1) << 7)", "0"),
-        Mistake("maxphyaddr-is-one-less", "0x0010000000000000 - (1 << maxphyaddr)", "0x0010000000000000 - (1 << maxphyaddr << 1)"),
+        Mistake("maxphyaddr-is-one-more", "- (1 << maxphyaddr)", "- (1 << maxphyaddr) & ~(1 << maxphyaddr)"),
         Mistake("nx-without-nxe-is-ignored", "^ 1) << 63", "^ 1) << 58"),
         Mistake("a-software-bit-is-reserved", "must_be_zero = reserved\n", "must_be_zero = reserved | 0x200\n"),
         # Structure
@@ -102,7 +103,7 @@ MISTAKES: dict[str, Mistake] = {
         Mistake("reads-set-dirty", "| 0x20 | write << 6", "| 0x60"),
         Mistake("dirty-is-forgotten", "| 0x20 | write << 6", "| 0x20"),
         Mistake("accessed-is-set-only-at-the-leaf", "    while at > level:\n", "    while at > level + 9:\n"),
-        Mistake("a-denied-write-sets-dirty", "    if status < FAULT:\n        mark", "    if status == FAULT and value & 3 == 3:\n        marks[path[1]] = marks[path[1]] | 0x40\n    if status < FAULT:\n        mark", "a_fault_sets_at_most_accessed_flags_on_its_path"),
+        Mistake("a-denied-write-sets-dirty", "    if status < FAULT:\n        levels", "    if status == FAULT and value & 3 == 3:\n        marks[path[1]] = marks[path[1]] | 0x40\n    if status < FAULT:\n        levels", "a_fault_sets_at_most_accessed_flags_on_its_path"),
     )
 }
 """By name, in the order of the walk's parts."""

@@ -175,7 +175,7 @@ def without_keys_no_fault_blames_one(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source="Intel SDM Vol. 3A, 4.6.1 (rights are the AND of R/W and U/S, the OR of XD, over a walk)",
     reaches=("translated with less", "no longer translated"),
-    twin="write-rights-come-from-the-leaf",
+    twin="two-no-executes-cancel",
 )
 def rights_never_grow_down_the_walk(nondet: Nondet, subject: Any) -> None:
     """Taking R/W or U/S from one entry, or setting its XD, lets no user access through that did

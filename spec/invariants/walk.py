@@ -75,7 +75,7 @@ def a_translation_keeps_the_page_offset(nondet: Nondet, subject: Any) -> None:
     source="Intel SDM Vol. 3A, 4.1.4 and 4.5.4",
     reaches=("translated",),
     needs=(PA,),
-    twin="maxphyaddr-is-one-less",
+    twin="maxphyaddr-is-one-more",
 )
 def a_physical_address_is_within_maxphyaddr(nondet: Nondet, subject: Any) -> None:
     """No translation leads to an address that the processor cannot put on its bus."""

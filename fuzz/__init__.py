@@ -1,0 +1,1 @@
+"""The engines that search by concrete runs: random, hypothesis, atheris and exhaustive."""

@@ -1,0 +1,100 @@
+"""The random engine: as many runs as the time allows, drawn by a pseudo-random generator.
+
+The fastest smoke test there is, and the yardstick for the fuzzer, whose decoder it shares.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+
+from vapama.fuzz.decoded import RandomDraws
+from vapama.runs import Guarded, KnownDeparture, attempt, hang_guard, shrink
+from vapama.spec.nondet import Invariant, Reject
+from vapama.verdict import COUNTEREXAMPLE, HELD, UNDECIDED, Verdict
+
+ENGINE = "random"
+BATCH = 256
+Progress = Callable[[int], None]
+
+
+def run(
+    invariant: Invariant,
+    subject: Guarded,
+    seconds: float,
+    seed: int | None = 0,
+    hang_seconds: float = 10.0,
+    progress: Progress = lambda executions: None,
+) -> Verdict:
+    """Run the invariant for about `seconds`. The same seed draws the same runs in the same order."""
+    search = Search(invariant, subject, seed)
+    start = time.monotonic()
+    with hang_guard(hang_seconds) as alive:
+        while search.failed is None and time.monotonic() - start < seconds:
+            search.batch(BATCH)
+            alive()
+            progress(search.executions)
+    spent = time.monotonic() - start
+    with hang_guard(hang_seconds) as alive:
+        return search.verdict(ENGINE, spent)
+
+
+class Search:
+    """Random runs of one invariant, in batches, until one fails."""
+
+    def __init__(self, invariant: Invariant, subject: Guarded, seed: int | None) -> None:
+        self.invariant, self.subject = invariant, subject
+        self.nondet = RandomDraws(Random(seed), subject.capabilities.narrow)
+        self.executions = 0
+        self.rejected = 0
+        self.known: Counter[str] = Counter()
+        self.failed: list[tuple[str, int]] | None = None
+        self.message = ""
+
+    def batch(self, count: int) -> None:
+        """So many runs, or fewer if one fails."""
+        nondet, trail = self.nondet, self.nondet.trail
+        for _ in range(count):
+            trail.clear()
+            self.executions += 1
+            try:
+                failure = attempt(self.invariant, nondet, self.subject)
+            except Reject:
+                self.rejected += 1
+            except KnownDeparture as departure:
+                self.known[str(departure)] += 1
+            else:
+                if failure is not None:
+                    self.failed, self.message = nondet.draws(), failure.message
+                    return
+
+    def verdict(self, engine: str, seconds: float) -> Verdict:
+        """What the runs so far say; a failure is shrunk first."""
+        verdict = Verdict(
+            invariant=self.invariant.name,
+            engine=engine,
+            subject=self.subject.name,
+            status=HELD,
+            seconds=seconds,
+            executions=self.executions,
+            known=dict(self.known),
+            detail=f"{self.executions:,} runs, {self.executions / max(seconds, 1e-9):,.0f}/s",
+        )
+        return concluded(verdict, self.invariant, self.subject, self.nondet.reached, self)
+
+
+def concluded(
+    verdict: Verdict, invariant: Invariant, subject: Guarded, reached: set[str], search: Search
+) -> Verdict:
+    """The verdict, with the counterexample if there is one, undecided if it asserted nothing."""
+    if search.failed is not None:
+        verdict.status, verdict.why = COUNTEREXAMPLE, search.message
+        verdict.case = shrink(invariant, subject, search.failed, verdict.engine)
+        if verdict.case is None:
+            verdict.status = UNDECIDED
+            verdict.why = f"failed once and not when replayed: {search.message}"
+        return verdict
+    missing = [label for label in invariant.reaches if label not in reached]
+    if missing:
+        verdict.status, verdict.why = UNDECIDED, f"never reached: {', '.join(missing)}"
+    return verdict

@@ -1,0 +1,1 @@
+"""Oracles: systems that nobody here wrote, behind the subject protocol."""

@@ -1,0 +1,382 @@
+"""Unicorn as a subject: QEMU 5's page walker, asked by real loads, stores and fetches.
+
+A case's tables lie in the emulator's RAM, the pool of frames at physical address 0. A stub of
+emulated code makes the access at CPL 0 or 3. The stub must stay reachable through tables that can
+hold anything: its frames are far above RAM, where no entry of the case leads, and it is entered
+through an entry of the case's own root table that the walk under test does not read. The physical
+address is what Unicorn's memory hooks report, and they report it where there is no memory too.
+"""
+
+import ctypes
+import mmap
+from dataclasses import replace
+from typing import Any
+
+from vapama.spec import domains
+from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, PKS, RFLAGS_ONE, WP, Cpu
+from vapama.spec.domains import FRAMES, Domain
+from vapama.spec.memory import PAGE_BYTES, Memory, Sparse
+from vapama.spec.outcomes import (
+    I,
+    NonCanonical,
+    Outcome,
+    OutsideMemory,
+    P,
+    PageFault,
+    Translated,
+    U,
+    Update,
+    W,
+)
+from vapama.spec.paging import (
+    ACCESSED,
+    DIRTY,
+    FRAME,
+    PAGE_SIZE,
+    PRESENT,
+    USER,
+    WRITABLE,
+    Access,
+)
+from vapama.spec.subject import EFFECTS, ERROR_CODE, PA, Capabilities, NotCovered, agree
+from vapama.spec.words import WORD, Word
+
+RAM_BYTES = FRAMES * PAGE_BYTES
+EMPTY = bytes(RAM_BYTES)
+MAXPHYADDR = 40
+"""QEMU 5's TCG_PHYS_ADDR_BITS, whatever the CPU model says."""
+TF = 1 << 8
+"""RFLAGS.TF. Its debug trap would come after the access and end the run in its place."""
+
+NARROW = {
+    "maxphyaddr": Domain(among=(MAXPHYADDR,)),
+    "page1gb": Domain(among=(1,)),
+    "guest.limit": Domain(among=(RAM_BYTES,)),
+    "cr3": replace(domains.CR3, free=RAM_BYTES - 1),
+    "cr4": replace(
+        domains.CR4,
+        free=domains.CR4.free & ~PKS,
+        scope=tuple(cr4 & ~PKS for cr4 in domains.CR4.scope),
+    ),
+    "rflags": replace(domains.RFLAGS, free=domains.RFLAGS.free & ~TF),
+    "access": Domain(among=tuple(kind for kind in domains.ACCESSES if kind & 1 == 0)),
+}
+"""The draws that Unicorn can take only some values of. Its CPU has no PKS and always has 1-GByte
+pages, the root table has to be in RAM, and no instruction makes an implicit access anywhere."""
+
+DEPARTURES = {
+    "reserved-1-gbyte-page-is-marked-accessed": (
+        "a PDPTE that maps a page has its accessed flag set before its reserved bits 29:13 are "
+        "checked; an entry that faults so translates nothing, SDM Vol. 3A, 4.8 "
+        "(QEMU 5, target/i386/excp_helper.c: handle_mmu_fault)"
+    ),
+    "table-outside-memory-reads-0": (
+        "where there is no memory a table reads as entries that are not present; what a machine "
+        "reads there is its own, see spec/memory.py (QEMU 5, memory.c: unassigned_mem_read)"
+    ),
+}
+
+# The stub is two frames. The first is a paging structure at every level below the root: its entry 0
+# maps the frame itself, entries 1 and 2 map the second frame, the code, for either mode. The first
+# frame also holds the GDT and the stack for the one IRETQ that enters ring 3.
+STUB = 0x5A_5A5A_0000
+CODE = STUB + PAGE_BYTES
+SUPERVISOR_PAGE, USER_PAGE = 1 * PAGE_BYTES, 2 * PAGE_BYTES
+GDT, STACK = 0x800, 0xC00
+MARKED = PRESENT | WRITABLE | USER | ACCESSED | DIRTY
+"""Flags of the entries that lead to the stub, so that entering it sets none."""
+ENTRANCES = range(511, 255, -1)
+"""The indices of root entries to enter the stub by, all in the upper half of linear addresses."""
+
+LOAD, STORE, JUMP, IRETQ = 0x00, 0x10, 0x20, 0x30
+INSTRUCTIONS = {
+    LOAD: "0f01ef 8a03",  # wrpkru; mov al, [rbx]
+    STORE: "0f01ef 8803",  # wrpkru; mov [rbx], al
+    JUMP: "0f01ef ffe3",  # wrpkru; jmp rbx
+    IRETQ: "48cf",
+}
+WRPKRU_BYTES, ACCESS_BYTES = 3, 2
+"""WRPKRU is skipped while CR4.PKE is 0: it is undefined then, and PKRU without effect."""
+USER_CODE, USER_DATA = 0x08 | 3, 0x10 | 3
+DESCRIPTORS = (0, 0x00AF_FB00_0000_FFFF, 0x00CF_F300_0000_FFFF)
+IA32_EFER = 0xC000_0080
+GENERAL_PROTECTION, PAGE_FAULT = 13, 14
+
+START = Cpu(cr0=PG | WP | PE, cr3=0, cr4=PAE, efer=LME | LMA | NXE, maxphyaddr=MAXPHYADDR)
+KNOWN_FAULTS = (
+    # The one entry (it maps all of the tables and the page), the access's W and U, the error code.
+    (0, 0, 0, 0),
+    (0, 1, 0, W),
+    (0, 0, 1, U),
+    (PRESENT, 1, 0, P | W),
+    (PRESENT, 0, 1, P | U),
+    (PRESENT, 1, 1, P | W | U),
+)
+
+
+class Unicorn:
+    """Unicorn behind the subject protocol. Raises `ImportError` if it is not installed."""
+
+    capabilities = Capabilities(
+        observes=frozenset({PA, ERROR_CODE, EFFECTS}), preload=True, narrow=NARROW
+    )
+
+    def __init__(self) -> None:
+        # An optional dependency, and a large one: imported by those who ask for it.
+        import unicorn
+        from unicorn import x86_const
+
+        self._unicorn: Any = unicorn
+        self._x86: Any = x86_const
+        self._memory = mmap.mmap(-1, RAM_BYTES)
+        self._ram = memoryview(self._memory).cast("Q")
+        self._vector: int | None = None
+        self._pa: int | None = None
+        self._overwritten = 0
+        self._uc = self._emulator()
+        self._rings = self._contexts()
+        self._faulted = self._uc.context_save()
+        self._error_code = self._locate_error_code()
+
+    def translate(self, cpu: Cpu, memory: Sparse, access: Access) -> Outcome:
+        """The outcome of the access made by emulated code, with the flags then found set in RAM.
+
+        Raises `NotCovered`.
+        """
+        require_askable(cpu, memory, access)
+        updates = self._ask(cpu, memory, access)
+        if self._vector == PAGE_FAULT:
+            self._uc.context_update(self._faulted)
+            return PageFault(self._error_code.value, updates)
+        if self._vector == GENERAL_PROTECTION:
+            return NonCanonical()
+        assert self._pa is not None
+        return Translated(self._pa, 0, updates)
+
+    def departure(
+        self, cpu: Cpu, memory: Memory, access: Access, expected: Outcome, observed: Outcome
+    ) -> str | None:
+        """The name in `DEPARTURES` of this disagreement, None if it is not one of them."""
+        if not isinstance(observed, PageFault):
+            return None
+        if isinstance(expected, OutsideMemory):
+            beyond = OutsideMemory(expected.address, observed.may_update)
+            if observed.error_code == describing(cpu, access) and self._agree(
+                expected, beyond, memory
+            ):
+                return "table-outside-memory-reads-0"
+        else:
+            unmarked = without_reserved_1g(observed, memory, access)
+            if unmarked != observed and self._agree(expected, unmarked, memory):
+                return "reserved-1-gbyte-page-is-marked-accessed"
+        return None
+
+    def _agree(self, expected: Outcome, observed: Outcome, memory: Memory) -> bool:
+        return bool(agree(expected, observed, memory, self.capabilities))
+
+    def _emulator(self) -> Any:
+        """An emulator with RAM, the stub, and hooks that keep what happens first."""
+        u, x86 = self._unicorn, self._x86
+        uc = u.Uc(u.UC_ARCH_X86, u.UC_MODE_64)
+        uc.ctl_set_cpu_model(x86.UC_CPU_X86_ICELAKE_SERVER)
+        uc.ctl_set_tlb_mode(u.UC_TLB_CPU)
+        # Only the code can be executed, so that a fetch anywhere else is reported and goes no
+        # further. Stores cannot be kept out so: flags could not be set in a read-only frame.
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        uc.mem_map_ptr(0, RAM_BYTES, u.UC_PROT_READ | u.UC_PROT_WRITE, address)
+        uc.mem_map(STUB, PAGE_BYTES, u.UC_PROT_READ | u.UC_PROT_WRITE)
+        uc.mem_map(CODE, PAGE_BYTES, u.UC_PROT_READ | u.UC_PROT_EXEC)
+        uc.hook_add(u.UC_HOOK_INTR, self._on_exception)
+        uc.hook_add(u.UC_HOOK_MEM_READ | u.UC_HOOK_MEM_WRITE, self._on_access)
+        beyond = u.UC_HOOK_MEM_UNMAPPED | u.UC_HOOK_MEM_FETCH_PROT
+        uc.hook_add(beyond, self._on_refused_access)
+        return uc
+
+    def _on_exception(self, uc: Any, vector: int, data: object) -> None:
+        self._vector = vector
+        uc.emu_stop()
+
+    def _on_access(
+        self, uc: Any, kind: int, pa: int, size: int, value: int, data: object
+    ) -> None:
+        """Before an access to RAM, and before a store anywhere."""
+        self._pa = pa
+        if kind == self._unicorn.UC_MEM_WRITE and pa < RAM_BYTES:
+            self._overwritten = self._memory[pa]
+
+    def _on_refused_access(
+        self, uc: Any, kind: int, pa: int, size: int, value: int, data: object
+    ) -> bool:
+        """On an access where there is no memory, and a fetch where there is no code."""
+        self._pa = pa
+        return False
+
+    def _contexts(self) -> tuple[Any, Any]:
+        """The stub's state at CPL 0 and at CPL 3, which an emulated IRETQ enters."""
+        uc, x86 = self._uc, self._x86
+        base = linear_address(START, 511 << 3)
+        write_stub(uc, iret_frame=(base + USER_PAGE, USER_CODE, RFLAGS_ONE, 0, USER_DATA))
+        uc.reg_write(x86.UC_X86_REG_GDTR, (0, base + GDT, 8 * len(DESCRIPTORS) - 1, 0))
+        uc.reg_write(x86.UC_X86_REG_RSP, base + STACK)
+        self._set_controls(START)
+        supervisor = uc.context_save()
+        self._ram[511] = STUB | MARKED
+        uc.emu_start(base + SUPERVISOR_PAGE + IRETQ, base + USER_PAGE)
+        self._ram[511] = 0
+        return supervisor, uc.context_save()
+
+    def _locate_error_code(self) -> ctypes.c_uint32:
+        """Where a saved context holds the error code, for which the API has no name.
+
+        It is found by faults whose codes are known. Raises `RuntimeError` if that fails.
+        """
+        places = set(range(0, self._faulted.size - 3, 4))
+        for entry, write, user, code in KNOWN_FAULTS:
+            self._ask(START, Sparse({0: entry}, RAM_BYTES), Access(0, write, 0, user))
+            self._uc.context_update(self._faulted)
+            words = memoryview(bytes(self._faulted))
+            places = {p for p in places if words[p : p + 4] == code.to_bytes(4, "little")}
+        if len(places) != 1:
+            version = self._unicorn.__version__
+            raise RuntimeError(
+                f"Unicorn {version}: its contexts hold the error code of a page fault in "
+                f"{len(places)} places; 2.1.4 is known to work"
+            )
+        return ctypes.c_uint32.from_address(self._faulted.context.value + places.pop())
+
+    def _ask(self, cpu: Cpu, memory: Sparse, access: Access) -> tuple[Update, ...]:
+        """Make the access with these entries in RAM; the flags then found set. Leaves RAM empty."""
+        for address, entry in memory.touched.items():
+            self._ram[address >> 3] = entry
+        entrance = free_entrance(cpu, memory)
+        self._ram[entrance >> 3] = STUB | MARKED
+        try:
+            self._run(cpu, access, linear_address(cpu, entrance))
+        finally:
+            self._undo_store(access)
+            self._ram[entrance >> 3] = 0
+            updates = self._take_updates(memory)
+        return updates
+
+    def _run(self, cpu: Cpu, access: Access, stub: Word) -> None:
+        """Make the access from the stub at this linear address. Sets `_vector` or `_pa`."""
+        uc, x86 = self._uc, self._x86
+        self._vector = self._pa = None
+        uc.context_restore(self._rings[access.user])
+        self._set_controls(cpu)
+        uc.reg_write(x86.UC_X86_REG_RBX, access.address)
+        page = stub + (USER_PAGE if access.user else SUPERVISOR_PAGE)
+        start = page + (JUMP if access.fetch else STORE if access.write else LOAD)
+        until = start + WRPKRU_BYTES + ACCESS_BYTES
+        if cpu.pke:
+            uc.reg_write(x86.UC_X86_REG_RAX, cpu.pkru)
+        else:
+            start += WRPKRU_BYTES
+        try:
+            uc.emu_start(start, until)
+        except self._unicorn.UcError:
+            if self._pa is None:
+                raise
+        self._require_made(access)
+
+    def _set_controls(self, cpu: Cpu) -> None:
+        """Set the registers that a walk depends on; that of CR3 flushes the TLB."""
+        write, x86 = self._uc.reg_write, self._x86
+        write(x86.UC_X86_REG_MSR, (IA32_EFER, cpu.efer))
+        write(x86.UC_X86_REG_CR0, cpu.cr0)
+        write(x86.UC_X86_REG_CR4, cpu.cr4)
+        write(x86.UC_X86_REG_EFLAGS, cpu.rflags)
+        write(x86.UC_X86_REG_CR3, cpu.cr3)
+
+    def _require_made(self, access: Access) -> None:
+        """Check that the run ended in the access or in its fault, not in a fault of the stub's."""
+        made = self._pa is not None if self._vector is None else self._pa is None
+        if self._vector == PAGE_FAULT:
+            made = made and self._uc.reg_read(self._x86.UC_X86_REG_CR2) == access.address
+        elif self._vector is not None:
+            made = made and self._vector == GENERAL_PROTECTION
+        if not made:
+            raise RuntimeError(
+                f"Unicorn did not make the access: exception {self._vector}, PA {self._pa}"
+            )
+
+    def _undo_store(self, access: Access) -> None:
+        if access.write and self._pa is not None and self._pa < RAM_BYTES:
+            self._memory[self._pa] = self._overwritten
+
+    def _take_updates(self, memory: Sparse) -> tuple[Update, ...]:
+        """The entries in RAM that changed, and how. Leaves RAM empty."""
+        ram, updates = self._ram, []
+        for address, entry in memory.touched.items():
+            changed = ram[address >> 3] ^ entry
+            if changed:
+                updates.append(Update(address, changed))
+            ram[address >> 3] = 0
+        if self._memory[:] != EMPTY:
+            updates += [Update(i << 3, bits) for i, bits in enumerate(ram) if bits]
+            self._memory[:] = EMPTY
+        return tuple(updates)
+
+
+def require_askable(cpu: Cpu, memory: Sparse, access: Access) -> None:
+    """Raise `NotCovered` for a case that Unicorn cannot be asked, or not from this stub."""
+    if cpu.maxphyaddr != MAXPHYADDR or not cpu.page1gb or cpu.pks or cpu.rflags & TF:
+        raise NotCovered("Unicorn's CPU has MAXPHYADDR 40, 1-GByte pages, no PKS; TF hides faults")
+    if access.implicit:
+        raise NotCovered("no instruction makes an implicit access at an address of one's choice")
+    if memory.limit < RAM_BYTES or cpu.cr3 & FRAME >= RAM_BYTES:
+        raise NotCovered(f"the first {RAM_BYTES:#x} bytes are memory here, the root table in them")
+    for address, entry in memory.touched.items():
+        if address >= RAM_BYTES:
+            raise NotCovered(f"a table at {address:#x}, beyond the {RAM_BYTES:#x} bytes of RAM")
+        if (entry ^ STUB) & FRAME < 1 << 30:
+            raise NotCovered(f"entry {entry:#x} leads to the GByte that holds the stub")
+
+
+def free_entrance(cpu: Cpu, memory: Sparse) -> Word:
+    """The address of an entry of the root table that the walk under test does not read."""
+    root = cpu.cr3 & FRAME
+    for index in ENTRANCES:
+        if root | index << 3 not in memory.touched:
+            return root | index << 3
+    raise NotCovered("the case gives every entry of the root table: none is left for the stub")
+
+
+def linear_address(cpu: Cpu, entrance: Word) -> Word:
+    """The first linear address that the root entry at `entrance`, of the upper half, translates."""
+    index = entrance >> 3 & 0x1FF
+    return (index - 512 << (12 + 9 * (cpu.levels - 1))) & WORD
+
+
+def write_stub(uc: Any, iret_frame: tuple[int, ...]) -> None:
+    """Fill the stub's two frames."""
+    supervisor_page, user_page = CODE | MARKED & ~USER, CODE | MARKED
+    uc.mem_write(STUB, words(STUB | MARKED, supervisor_page, user_page))
+    uc.mem_write(STUB + GDT, words(*DESCRIPTORS))
+    uc.mem_write(STUB + STACK, words(*iret_frame))
+    for offset, code in INSTRUCTIONS.items():
+        uc.mem_write(CODE + offset, bytes.fromhex(code))
+
+
+def words(*values: Word) -> bytes:
+    """Words as memory holds them."""
+    return b"".join(value.to_bytes(8, "little") for value in values)
+
+
+def describing(cpu: Cpu, access: Access) -> Word:
+    """The error code of a not-present #PF: what it says of the access. SDM Vol. 3A, 4.7."""
+    fetch = access.fetch & (cpu.nxe | cpu.smep)
+    return access.write * W | access.user * U | fetch * I
+
+
+def without_reserved_1g(fault: PageFault, memory: Memory, access: Access) -> PageFault:
+    """The fault without the accessed flag of the PDPTE on its path, if that maps a 1-GByte page
+    with any of bits 29:13 set."""
+
+    def excused(update: Update) -> bool:
+        entry = memory.load(update.address)
+        on_path = update.address >> 3 & 0x1FF == access.address >> 30 & 0x1FF
+        large = entry & (PRESENT | PAGE_SIZE) == PRESENT | PAGE_SIZE
+        return on_path and large and entry & 0x3FFF_E000 != 0 and update.bits == ACCESSED
+
+    return replace(fault, may_update=tuple(u for u in fault.may_update if not excused(u)))

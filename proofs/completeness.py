@@ -1,0 +1,82 @@
+"""Path completeness: that the explored paths are all there are, checked from the outside.
+
+The paths of an exploration, as lists of conditions, are put together into one formula that says:
+whatever the inputs, they follow one of these paths (or break an assumption on the way), and every
+obligation met on it holds. Its negation is given to a fresh solver, and as SMT-LIB text to a second
+one. Nothing of the explorer's bookkeeping is believed.
+"""
+
+import z3
+
+from vapama.proofs.symbolic import ASK, ASSUME, BRANCH, CHOICE, MUST, NotDeterministic, Path
+
+
+def completeness(paths: list[Path]) -> z3.BoolRef:
+    """The formula that is valid if `paths` leave nothing out.
+
+    Raises `NotDeterministic` if the paths do not form a tree.
+    """
+    return _subtree(paths, 0)
+
+
+def _subtree(paths: list[Path], depth: int) -> z3.BoolRef:
+    """The formula for paths that agree on their first `depth` decisions."""
+    ended = [path for path in paths if len(path.decisions) == depth]
+    if ended:
+        if len(paths) != 1:
+            raise NotDeterministic("a path is the beginning of another")
+        return z3.BoolVal(ended[0].failure is None)
+    kind, options, _ = paths[0].decisions[depth]
+    ways: dict[int, list[Path]] = {}
+    for path in paths:
+        other_kind, other_options, taken = path.decisions[depth]
+        if other_kind != kind or not _same(options, other_options):
+            raise NotDeterministic(f"decision {depth} differs between paths")
+        ways.setdefault(taken, []).append(path)
+    below = {taken: _subtree(group, depth + 1) for taken, group in ways.items()}
+    nothing = z3.BoolVal(False)
+    if kind == CHOICE:
+        return z3.And(*(below.get(i, nothing) for i in range(len(options))))
+    if kind == ASSUME:
+        return z3.Implies(options[0], below.get(0, nothing))
+    if kind == ASK:
+        return below[1] if 1 in below else z3.And(options[0], below[0])
+    assert kind in (BRANCH, MUST)
+    return z3.If(options[0], below.get(0, nothing), below.get(1, nothing))
+
+
+def _same(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:
+    return len(a) == len(b) and all(x.eq(y) for x, y in zip(a, b, strict=True))
+
+
+def smtlib(formula: z3.BoolRef) -> str:
+    """SMT-LIB text that is unsatisfiable just if `formula` is valid."""
+    solver = z3.SolverFor("QF_ABV")
+    solver.add(z3.Not(formula))
+    return "(set-logic QF_ABV)\n" + solver.to_smt2()
+
+
+def valid_by_z3(formula: z3.BoolRef, rlimit: int = 0) -> str:
+    """"valid", "not valid" or "unknown", by a fresh z3 solver."""
+    solver = z3.SimpleSolver()
+    if rlimit:
+        solver.set("rlimit", rlimit)
+    solver.add(z3.Not(formula))
+    answer = solver.check()
+    return "valid" if answer == z3.unsat else "not valid" if answer == z3.sat else "unknown"
+
+
+def valid_by_bitwuzla(text: str, seconds: float = 0) -> str:
+    """"valid", "not valid" or "unknown": bitwuzla's answer to SMT-LIB text made by `smtlib`."""
+    import bitwuzla
+
+    options = bitwuzla.Options()
+    if seconds:
+        options.set(bitwuzla.Option.TIME_LIMIT_PER, int(seconds * 1000))
+    terms = bitwuzla.TermManager()
+    parser = bitwuzla.Parser(terms, options)
+    parser.parse(text.replace("(check-sat)", ""), True, False)
+    answer = parser.bitwuzla().check_sat()
+    if answer == bitwuzla.Result.UNSAT:
+        return "valid"
+    return "not valid" if answer == bitwuzla.Result.SAT else "unknown"
