@@ -35,7 +35,7 @@ def run(
             alive()
             progress(search.executions)
     spent = time.monotonic() - start
-    with hang_guard(hang_seconds) as alive:
+    with hang_guard(60 * hang_seconds):
         return search.verdict(ENGINE, spent)
 
 
@@ -48,8 +48,7 @@ class Search:
         self.executions = 0
         self.rejected = 0
         self.known: Counter[str] = Counter()
-        self.failed: list[tuple[str, int]] | None = None
-        self.message = ""
+        self.failed: tuple[str, list[tuple[str, int]]] | None = None
 
     def batch(self, count: int) -> None:
         """So many runs, or fewer if one fails."""
@@ -65,7 +64,7 @@ class Search:
                 self.known[str(departure)] += 1
             else:
                 if failure is not None:
-                    self.failed, self.message = nondet.draws(), failure.message
+                    self.failed = failure.message, nondet.draws()
                     return
 
     def verdict(self, engine: str, seconds: float) -> Verdict:
@@ -80,19 +79,24 @@ class Search:
             known=dict(self.known),
             detail=f"{self.executions:,} runs, {self.executions / max(seconds, 1e-9):,.0f}/s",
         )
-        return concluded(verdict, self.invariant, self.subject, self.nondet.reached, self)
+        return conclude(verdict, self.invariant, self.subject, self.nondet.reached, self.failed)
 
 
-def concluded(
-    verdict: Verdict, invariant: Invariant, subject: Guarded, reached: set[str], search: Search
+def conclude(
+    verdict: Verdict,
+    invariant: Invariant,
+    subject: Guarded,
+    reached: set[str],
+    failed: tuple[str, list[tuple[str, int]]] | None,
 ) -> Verdict:
-    """The verdict, with the counterexample if there is one, undecided if it asserted nothing."""
-    if search.failed is not None:
-        verdict.status, verdict.why = COUNTEREXAMPLE, search.message
-        verdict.case = shrink(invariant, subject, search.failed, verdict.engine)
+    """A verdict completed by what happened: the failure (message and draws), shrunk, if there was
+    one; undecided if the runs did not reach all that the invariant is to reach."""
+    if failed is not None:
+        verdict.status, (verdict.why, draws) = COUNTEREXAMPLE, failed
+        verdict.case = shrink(invariant, subject, draws, verdict.engine)
         if verdict.case is None:
             verdict.status = UNDECIDED
-            verdict.why = f"failed once and not when replayed: {search.message}"
+            verdict.why = f"failed once and not when replayed: {verdict.why}"
         return verdict
     missing = [label for label in invariant.reaches if label not in reached]
     if missing:

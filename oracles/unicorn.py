@@ -13,10 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 from vapama.spec import domains
+from vapama.spec.access import Access
 from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, PKS, RFLAGS_ONE, WP, Cpu
 from vapama.spec.domains import FRAMES, Domain
 from vapama.spec.memory import PAGE_BYTES, Memory, Sparse
 from vapama.spec.outcomes import (
+    RSVD,
     I,
     NonCanonical,
     Outcome,
@@ -28,18 +30,12 @@ from vapama.spec.outcomes import (
     Update,
     W,
 )
-from vapama.spec.paging import (
-    ACCESSED,
-    DIRTY,
-    FRAME,
-    PAGE_SIZE,
-    PRESENT,
-    USER,
-    WRITABLE,
-    Access,
-)
 from vapama.spec.subject import EFFECTS, ERROR_CODE, PA, Capabilities, NotCovered, agree
 from vapama.spec.words import WORD, Word
+
+# Bits of a paging-structure entry (SDM Vol. 3A, tables 4-14 to 4-20).
+PRESENT, WRITABLE, USER, ACCESSED, DIRTY, PAGE_SIZE = 1, 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 7
+FRAME = 0x000F_FFFF_FFFF_F000
 
 RAM_BYTES = FRAMES * PAGE_BYTES
 EMPTY = bytes(RAM_BYTES)
@@ -104,7 +100,6 @@ GENERAL_PROTECTION, PAGE_FAULT = 13, 14
 
 START = Cpu(cr0=PG | WP | PE, cr3=0, cr4=PAE, efer=LME | LMA | NXE, maxphyaddr=MAXPHYADDR)
 KNOWN_FAULTS = (
-    # The one entry (it maps all of the tables and the page), the access's W and U, the error code.
     (0, 0, 0, 0),
     (0, 1, 0, W),
     (0, 0, 1, U),
@@ -112,6 +107,7 @@ KNOWN_FAULTS = (
     (PRESENT, 0, 1, P | U),
     (PRESENT, 1, 1, P | W | U),
 )
+"""An entry that is its own table at every level, W and U of an access by it, the error code."""
 
 
 class Unicorn:
@@ -165,7 +161,7 @@ class Unicorn:
                 expected, beyond, memory
             ):
                 return "table-outside-memory-reads-0"
-        else:
+        elif observed.error_code & RSVD:
             unmarked = without_reserved_1g(observed, memory, access)
             if unmarked != observed and self._agree(expected, unmarked, memory):
                 return "reserved-1-gbyte-page-is-marked-accessed"
@@ -196,9 +192,7 @@ class Unicorn:
         self._vector = vector
         uc.emu_stop()
 
-    def _on_access(
-        self, uc: Any, kind: int, pa: int, size: int, value: int, data: object
-    ) -> None:
+    def _on_access(self, uc: Any, kind: int, pa: int, size: int, value: int, data: object) -> None:
         """Before an access to RAM, and before a store anywhere."""
         self._pa = pa
         if kind == self._unicorn.UC_MEM_WRITE and pa < RAM_BYTES:
@@ -215,13 +209,16 @@ class Unicorn:
         """The stub's state at CPL 0 and at CPL 3, which an emulated IRETQ enters."""
         uc, x86 = self._uc, self._x86
         base = linear_address(START, 511 << 3)
-        write_stub(uc, iret_frame=(base + USER_PAGE, USER_CODE, RFLAGS_ONE, 0, USER_DATA))
+        start, landing = base + SUPERVISOR_PAGE + IRETQ, base + USER_PAGE + IRETQ
+        write_stub(uc, iret_frame=(landing, USER_CODE, RFLAGS_ONE, 0, USER_DATA))
         uc.reg_write(x86.UC_X86_REG_GDTR, (0, base + GDT, 8 * len(DESCRIPTORS) - 1, 0))
         uc.reg_write(x86.UC_X86_REG_RSP, base + STACK)
         self._set_controls(START)
         supervisor = uc.context_save()
         self._ram[511] = STUB | MARKED
-        uc.emu_start(base + SUPERVISOR_PAGE + IRETQ, base + USER_PAGE)
+        # Unicorn looks up the byte before the end of a run, as what then runs, and would keep the
+        # fault of a page that is not the user's: so the landing is not the page's first byte.
+        uc.emu_start(start, landing)
         self._ram[511] = 0
         return supervisor, uc.context_save()
 
@@ -234,8 +231,8 @@ class Unicorn:
         for entry, write, user, code in KNOWN_FAULTS:
             self._ask(START, Sparse({0: entry}, RAM_BYTES), Access(0, write, 0, user))
             self._uc.context_update(self._faulted)
-            words = memoryview(bytes(self._faulted))
-            places = {p for p in places if words[p : p + 4] == code.to_bytes(4, "little")}
+            context = bytes(self._faulted)
+            places = {p for p in places if context[p : p + 4] == code.to_bytes(4, "little")}
         if len(places) != 1:
             version = self._unicorn.__version__
             raise RuntimeError(
@@ -256,12 +253,14 @@ class Unicorn:
             self._undo_store(access)
             self._ram[entrance >> 3] = 0
             updates = self._take_updates(memory)
+        self._require_made(access, memory, updates)
         return updates
 
     def _run(self, cpu: Cpu, access: Access, stub: Word) -> None:
         """Make the access from the stub at this linear address. Sets `_vector` or `_pa`."""
         uc, x86 = self._uc, self._x86
         self._vector = self._pa = None
+        # This also clears the last exception, which would make the next one a double fault.
         uc.context_restore(self._rings[access.user])
         self._set_controls(cpu)
         uc.reg_write(x86.UC_X86_REG_RBX, access.address)
@@ -277,7 +276,6 @@ class Unicorn:
         except self._unicorn.UcError:
             if self._pa is None:
                 raise
-        self._require_made(access)
 
     def _set_controls(self, cpu: Cpu) -> None:
         """Set the registers that a walk depends on; that of CR3 flushes the TLB."""
@@ -288,16 +286,20 @@ class Unicorn:
         write(x86.UC_X86_REG_EFLAGS, cpu.rflags)
         write(x86.UC_X86_REG_CR3, cpu.cr3)
 
-    def _require_made(self, access: Access) -> None:
-        """Check that the run ended in the access or in its fault, not in a fault of the stub's."""
-        made = self._pa is not None if self._vector is None else self._pa is None
+    def _require_made(self, access: Access, memory: Sparse, updates: tuple[Update, ...]) -> None:
+        """Check that the run was just the access: no fault of the stub's, no flag cleared."""
+        reached = self._pa is not None
         if self._vector == PAGE_FAULT:
-            made = made and self._uc.reg_read(self._x86.UC_X86_REG_CR2) == access.address
-        elif self._vector is not None:
-            made = made and self._vector == GENERAL_PROTECTION
-        if not made:
+            cr2 = self._uc.reg_read(self._x86.UC_X86_REG_CR2)
+            made = not reached and cr2 == access.address
+        elif self._vector == GENERAL_PROTECTION:
+            made = not reached and not updates
+        else:
+            made = reached and self._vector is None
+        if not made or any(bits & memory.load(address) for address, bits in updates):
             raise RuntimeError(
-                f"Unicorn did not make the access: exception {self._vector}, PA {self._pa}"
+                f"Unicorn did something other than the access: exception {self._vector}, "
+                f"PA {self._pa}, changes {updates}"
             )
 
     def _undo_store(self, access: Access) -> None:
@@ -305,7 +307,7 @@ class Unicorn:
             self._memory[self._pa] = self._overwritten
 
     def _take_updates(self, memory: Sparse) -> tuple[Update, ...]:
-        """The entries in RAM that changed, and how. Leaves RAM empty."""
+        """The entries in RAM that changed, and their bits that did. Leaves RAM empty."""
         ram, updates = self._ram, []
         for address, entry in memory.touched.items():
             changed = ram[address >> 3] ^ entry
@@ -337,8 +339,9 @@ def free_entrance(cpu: Cpu, memory: Sparse) -> Word:
     """The address of an entry of the root table that the walk under test does not read."""
     root = cpu.cr3 & FRAME
     for index in ENTRANCES:
-        if root | index << 3 not in memory.touched:
-            return root | index << 3
+        address = root | index << 3
+        if address not in memory.touched:
+            return address
     raise NotCovered("the case gives every entry of the root table: none is left for the stub")
 
 
@@ -370,8 +373,7 @@ def describing(cpu: Cpu, access: Access) -> Word:
 
 
 def without_reserved_1g(fault: PageFault, memory: Memory, access: Access) -> PageFault:
-    """The fault without the accessed flag of the PDPTE on its path, if that maps a 1-GByte page
-    with any of bits 29:13 set."""
+    """The fault without the accessed flag of a PDPTE on its path with PS and bits 29:13 not 0."""
 
     def excused(update: Update) -> bool:
         entry = memory.load(update.address)

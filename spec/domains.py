@@ -6,7 +6,7 @@ few representatives (exhaustive small scopes).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vapama.spec.cpu import (
     AC,
@@ -45,7 +45,7 @@ class Domain:
     """The words ``fixed | x & free`` for every x, or just those of `among`.
 
     `bias` decodes a value from 8 raw bytes, as an int whose low byte is not `ESCAPE`. `scope` are
-    representatives; without them `among` or the corners stand.
+    representatives, the most telling first; without them `among` or the corners stand.
     """
 
     free: Word = WORD
@@ -53,6 +53,12 @@ class Domain:
     among: tuple[Word, ...] = ()
     bias: Callable[[int], Word] | None = None
     scope: tuple[Word, ...] = ()
+    decode: Callable[[Take], Word] = field(init=False, repr=False, compare=False)
+    """A value, from raw choices."""
+
+    def __post_init__(self) -> None:
+        # A closure of its own for each domain: decoding is what random runs spend most time on.
+        object.__setattr__(self, "decode", _decoder(self))
 
     def holds(self, value: Word) -> bool:
         """Whether `value` is in the domain."""
@@ -60,28 +66,38 @@ class Domain:
             return value in self.among
         return value & ~self.free == self.fixed & ~self.free and value & self.fixed == self.fixed
 
-    def decode(self, take: Take) -> Word:
-        """A value, from raw choices."""
-        if self.among:
-            return self.among[take(1) % len(self.among)]
-        if self.bias is None:
-            return self.fixed | take((self.free.bit_length() + 7) >> 3) & self.free
-        raw = take(8)
-        if raw & 0xFF == ESCAPE:
-            return self.fixed | take(8) & self.free
-        return self.bias(raw)
-
     def encode(self, value: Word) -> bytes:
         """Raw choices that decode to `value`, a value of the domain."""
         if self.among:
             return bytes([self.among.index(value)])
         if self.bias is None:
-            return (value & self.free).to_bytes((self.free.bit_length() + 7) >> 3, "little")
+            return (value & self.free).to_bytes(_bytes_of(self.free), "little")
         return bytes([ESCAPE] * 8) + value.to_bytes(8, "little")
 
-    def representatives(self) -> tuple[Word, ...]:
-        """A few values for an exhaustive scope."""
-        return self.scope or self.among or tuple(sorted({self.fixed, self.fixed | self.free}))
+    def representatives(self, width: int | None = None) -> tuple[Word, ...]:
+        """A few values for an exhaustive scope; of a long `scope`, the first `width`."""
+        corners = tuple(sorted({self.fixed, self.fixed | self.free}))
+        return self.scope[:width] or self.among or corners
+
+
+def _bytes_of(free: Word) -> int:
+    return (free.bit_length() + 7) >> 3
+
+
+def _decoder(domain: Domain) -> Callable[[Take], Word]:
+    free, fixed, among, bias = domain.free, domain.fixed, domain.among, domain.bias
+    if among:
+        count = len(among)
+        return lambda take: among[take(1) % count]
+    if bias is None:
+        size = _bytes_of(free)
+        return lambda take: fixed | take(size) & free
+
+    def biased(take: Take) -> Word:
+        raw = take(8)
+        return bias(raw) if raw & 0xFF != ESCAPE else fixed | take(8) & free
+
+    return biased
 
 
 FRAMES = 16
@@ -104,10 +120,10 @@ def _entry(raw: int) -> Word:
         entry |= 0x80
         entry ^= (raw >> 20 & 0xF) << 12
         entry |= (raw >> 36 & 1) << 12 | (raw >> 20 & 0xF) << (21 if how & 0x20 else 30)
-    if how & 0x38 == 0x38:
+    if how & 0xF0 == 0x30:
         entry |= 1 << 63
-    if how & 0xE4 == 0x64:
-        entry |= 1 << (raw >> 36) % 40 + 12
+    if raw >> 59 == 1:
+        entry |= 1 << (raw >> 37) % 40 + 12
     return entry
 
 
@@ -133,16 +149,30 @@ def _cr3(raw: int) -> Word:
     return (raw >> 8 & 0xF) << 12 | raw >> 16 & 0xFFF
 
 
+def _keys(raw: int) -> Word:
+    """Rights of the 16 keys, most of them not disabled."""
+    return raw >> 8 & raw >> 32 & 0xFFFFFFFF
+
+
 ANY = Domain()
 FLAG = Domain(free=1, scope=(0, 1))
 ENTRY = Domain(
     bias=_entry,
-    scope=(0, 0x1007, 0x2007, 0x1001 | 1 << 63, 0x2003, 0x1087, 0x1005 | 1 << 59, 0x1007 | 1 << 51),
+    scope=(
+        0x1007 | 2 << 59,  # writable, user, key 2; a table that references itself
+        0,
+        0x5001 | 1 << 63,  # read-only, supervisor, no-execute; outside a small memory
+        0x1087,  # a large page, or a reserved bit where there is none
+        0x2005 | 1 << 59,  # read-only, user, key 1
+        0x2003,  # writable, supervisor
+        0x2007 | 1 << 51,  # a reserved bit
+        0x3087,  # a reserved bit of a large page
+    ),
 )
 """A paging-structure entry: any 64 bits."""
 ADDRESS = Domain(bias=_address, scope=(0x1234, 0xFFFF_FF80_0020_0ABC, 1 << 47))
 """A linear address: any 64 bits."""
-LIMIT = Domain(free=((1 << 52) - 1) & ~0xFFF, bias=_limit, scope=(0x3000, 0x2000))
+LIMIT = Domain(free=((1 << 52) - 1) & ~0xFFF, bias=_limit, scope=(0x3000,))
 """How many bytes of memory there are: whole pages, less than 2**52."""
 
 # Control registers: every bit that can be 0 or 1 in long mode, so that a claim over these domains
@@ -157,18 +187,23 @@ CR3 = Domain(free=(1 << 52) - 1, bias=_cr3, scope=(0x1000,))
 CR4 = Domain(
     free=CR4_DEFINED & ~CR4_UNSPECIFIED & ~PAE,
     fixed=PAE,
-    scope=(PAE, PAE | SMEP | SMAP | PKE | PKS, PAE | LA57 | SMAP | PKE),
+    scope=(
+        PAE | SMEP | SMAP | PKE | PKS,
+        PAE | LA57 | SMEP | SMAP | PKE | PKS,
+        PAE,
+    ),
 )
 EFER = Domain(
     free=EFER_DEFINED & ~EFER_UNSPECIFIED & ~(LME | LMA),
     fixed=LME | LMA,
-    scope=(LME | LMA, LME | LMA | NXE),
+    scope=(LME | LMA | NXE, LME | LMA),
 )
 RFLAGS = Domain(
     free=RFLAGS_DEFINED & ~RFLAGS_ONE, fixed=RFLAGS_ONE, scope=(RFLAGS_ONE, RFLAGS_ONE | AC)
 )
-KEYS = Domain(free=(1 << 32) - 1, scope=(0, 0b1100))
-"""PKRU and IA32_PKRS: two bits a key."""
+KEYS = Domain(free=(1 << 32) - 1, bias=_keys, scope=(0b101100,))
+"""PKRU and IA32_PKRS: two bits a key. In the scope, key 1 is disabled and key 2 read-only."""
+PAGE1GB = Domain(free=1, scope=(1,))
 MAXPHYADDR = Domain(among=tuple(range(32, 53)), scope=(40,))
 
 ACCESSES = (0, 2, 4, 6, 16, 20, 1, 3)

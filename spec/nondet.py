@@ -81,7 +81,7 @@ class Nondet(ABC):
             self.word("pkru", domains.KEYS),
             self.word("pkrs", domains.KEYS),
             maxphyaddr,
-            self.word("page1gb", domains.FLAG),
+            self.word("page1gb", domains.PAGE1GB),
         )
         # The domains hold nothing impossible (a test says so), so the check is not paid each time.
         return Cpu._make(state)

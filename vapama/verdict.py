@@ -54,7 +54,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     hypothesis_examples: int
     random_seconds: float
     atheris_seconds: float
-    exhaustive_runs: int
+    exhaustive_width: int
     rlimit: int = 20_000_000
     hang_seconds: float = 10.0
     seed: int | None = 0
@@ -67,21 +67,21 @@ BUDGETS = {
         hypothesis_examples=100,
         random_seconds=0.25,
         atheris_seconds=6,
-        exhaustive_runs=20_000,
+        exhaustive_width=6,
     ),
     "standard": Budget(
         name="standard",
         hypothesis_examples=2_000,
         random_seconds=2,
         atheris_seconds=60,
-        exhaustive_runs=500_000,
+        exhaustive_width=7,
     ),
     "nightly": Budget(
         name="nightly",
         hypothesis_examples=50_000,
         random_seconds=120,
         atheris_seconds=3600,
-        exhaustive_runs=10_000_000,
+        exhaustive_width=8,
         rlimit=0,
         seed=None,
     ),
@@ -107,6 +107,6 @@ def budget_named(text: str) -> Budget:
         hypothesis_examples=max(10, int(seconds * 30)),
         random_seconds=seconds / 25,
         atheris_seconds=seconds,
-        exhaustive_runs=max(1_000, int(seconds * 2_000)),
+        exhaustive_width=6 if seconds < 60 else 7,
         seed=None,
     )

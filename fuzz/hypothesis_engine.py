@@ -1,0 +1,103 @@
+"""The hypothesis engine: Hypothesis searches, shrinks, and remembers failures in its database."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+from vapama.case import Case
+from vapama.fuzz.decoded import ByteDraws
+from vapama.fuzz.random_engine import conclude
+from vapama.runs import Concrete, Guarded, KnownDeparture, Replay, attempt, hang_guard
+from vapama.spec.nondet import Invariant, Reject
+from vapama.verdict import HELD, Verdict
+
+ENGINE = "hypothesis"
+EXAMPLE = st.binary(min_size=256, max_size=256)
+"""One draw for a whole run, decoded like a fuzzer's input: Hypothesis' cost is per draw, and bytes
+found more of the seeded mistakes in fewer examples than a draw for each value did."""
+Progress = Callable[[int], None]
+
+
+class Failed(Exception):  # noqa: N818  (Hypothesis is to see it as the test's failure)
+    """The invariant failed on an example."""
+
+
+def run(
+    invariant: Invariant,
+    subject: Guarded,
+    examples: int,
+    seed: int | None = 0,
+    hang_seconds: float = 10.0,
+    database: Path | None = None,
+    explicit: Iterable[Case] = (),
+    progress: Progress = lambda executions: None,
+) -> Verdict:
+    """Run so many examples, after the `explicit` Cases.
+
+    With a seed the examples are the same every time, and nothing is remembered; with None they are
+    random, and failures are kept in `database` and tried first the next time.
+    """
+    start = time.monotonic()
+    known: Counter[str] = Counter()
+    reached: set[str] = set()
+    count = 0
+    last: tuple[str, list[tuple[str, int]]] | None = None
+
+    def one(nondet: Concrete) -> None:
+        nonlocal count, last
+        count += 1
+        try:
+            failure = attempt(invariant, nondet, subject)
+        except Reject:
+            return
+        except KnownDeparture as departure:
+            known[str(departure)] += 1
+            return
+        finally:
+            alive()
+        reached.update(nondet.reached)
+        if failure is not None:
+            last = failure.message, nondet.draws()
+            raise Failed(failure.message)
+
+    @settings(
+        max_examples=examples,
+        database=DirectoryBasedExampleDatabase(database) if seed is None and database else None,
+        derandomize=False,
+        deadline=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.reuse, Phase.generate, Phase.target, Phase.shrink),
+    )
+    @given(EXAMPLE)
+    def search(example: bytes) -> None:
+        one(ByteDraws(example, subject.capabilities.narrow))
+        if count & 63 == 0:
+            progress(count)
+
+    with hang_guard(hang_seconds) as alive:
+        try:
+            for case in explicit:
+                one(Replay(case.values(), subject.capabilities.narrow))
+            (search if seed is None else hypothesis.seed(seed)(search))()
+        except Failed:
+            pass
+    verdict = Verdict(
+        invariant=invariant.name,
+        engine=ENGINE,
+        subject=subject.name,
+        status=HELD,
+        seconds=time.monotonic() - start,
+        executions=count,
+        known=dict(known),
+        detail=f"{count:,} examples",
+    )
+    with hang_guard(60 * hang_seconds):
+        return conclude(verdict, invariant, subject, reached, last)
