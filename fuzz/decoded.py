@@ -4,12 +4,12 @@ One decoder serves both, so that what the random engine can reach, the fuzzer ca
 can be turned into bytes: a seed for the fuzzer's corpus.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from vapama.runs import Concrete, DrawName
 from vapama.spec import domains
-from vapama.spec.domains import Domain
+from vapama.spec.domains import Domain, Take
 
 decode_entry = domains.ENTRY.decode
 
@@ -19,11 +19,28 @@ class Decoded(Concrete):
 
     take: Callable[[int], int]
 
+    def __init__(self, narrow: Mapping[str, Domain] | None = None) -> None:
+        super().__init__(narrow)
+        self._decoders: dict[int, tuple[list[str], list[Callable[[Take], int]]]] = {}
+
     def draw(self, name: DrawName, domain: Domain) -> int:
         """A value decoded by the domain."""
         return domain.decode(self.take)
 
-    # The same as in `Concrete`, with one call less: this is where random runs spend their time.
+    # The rest is as in `Concrete`, with fewer calls: this is where random runs spend their time.
+
+    def words(self, draws: Sequence[tuple[str, Domain]]) -> list[int]:
+        """Decoded words."""
+        found = self._decoders.get(id(draws))
+        if found is None:
+            narrowed = [self.narrow.get(name, domain) for name, domain in draws]
+            found = [name for name, _ in draws], [domain.decode for domain in narrowed]
+            self._decoders[id(draws)] = found
+        names, decoders = found
+        take = self.take
+        values = [decode(take) for decode in decoders]
+        self.trail.extend(zip(names, values, strict=True))
+        return values
 
     def word(self, name: str, domain: Domain = domains.ANY) -> int:
         """A decoded word."""

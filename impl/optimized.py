@@ -191,6 +191,48 @@ class Compiled:
         return self._image, indices
 
 
+def translate_array(
+    cpu: Cpu, image: npt.NDArray[np.uint64], addresses: npt.NDArray[np.uint64], access: Access
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Translate many addresses by the compiled kernel: statuses and values, as it gives them.
+
+    `image` is physical memory as 8-byte entries: an array or a memory map. `access` says what kind
+    of access; its own address does not count. No flags are set.
+    """
+    from vapama.impl.kernels.compiled import compiled
+
+    statuses, values = np.zeros_like(addresses), np.zeros_like(addresses)
+    compiled(long_mode.translate_many)(
+        image,
+        *_words(len(image), *controls(long_mode, cpu)),
+        addresses,
+        *_words(access_word(access)),
+        np.zeros(6, dtype=np.uint64),
+        statuses,
+        values,
+    )
+    return statuses, values
+
+
+def mappings_array(
+    cpu: Cpu, image: npt.NDArray[np.uint64], room: int
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Every page mapped from CR3 down, by the compiled kernel: addresses, levels and entries.
+
+    At most `room` of them, in the order of addresses.
+    """
+    from vapama.impl.kernels.compiled import compiled
+
+    found = [np.zeros(room, dtype=np.uint64) for _ in range(3)]
+    scratch = [np.zeros(6, dtype=np.uint64) for _ in range(2)]
+    mode, _, cr3, _, _ = controls(long_mode, cpu)
+    count = compiled(long_mode.enumerate_mappings)(
+        image, *_words(len(image), mode, cr3), *scratch, *found
+    )
+    addresses, levels, entries = (array[: min(int(count), room)] for array in found)
+    return addresses, levels, entries
+
+
 def outcome(status: int, value: int, updates: tuple[Update, ...] = ()) -> Outcome:
     """A kernel's result, and the flags that it set, as an outcome."""
     if status < long_mode.FAULT:

@@ -47,8 +47,8 @@ class Registers(NamedTuple):
     rflags: Word = RFLAGS_ONE
     pkru: Word = 0
     pkrs: Word = 0
-    maxphyaddr: Word = 52
     page1gb: Flag = 1
+    maxphyaddr: Word = 52
 
 
 class Cpu(Registers):
@@ -71,11 +71,11 @@ class Cpu(Registers):
         rflags: Word = RFLAGS_ONE,
         pkru: Word = 0,
         pkrs: Word = 0,
-        maxphyaddr: Word = 52,
         page1gb: Flag = 1,
+        maxphyaddr: Word = 52,
     ) -> "Cpu":
         """The state with these registers, checked."""
-        cpu = cls._make((cr0, cr3, cr4, efer, rflags, pkru, pkrs, maxphyaddr, page1gb))
+        cpu = cls._make((cr0, cr3, cr4, efer, rflags, pkru, pkrs, page1gb, maxphyaddr))
         require_possible(cpu)
         return cpu
 

@@ -163,8 +163,8 @@ ENTRY = Domain(
         0,
         0x5001 | 1 << 63,  # read-only, supervisor, no-execute; outside a small memory
         0x1087,  # a large page, or a reserved bit where there is none
-        0x2005 | 1 << 59,  # read-only, user, key 1
         0x2003,  # writable, supervisor
+        0x2005 | 1 << 59,  # read-only, user, key 1
         0x2007 | 1 << 51,  # a reserved bit
         0x3087,  # a reserved bit of a large page
     ),
@@ -196,7 +196,7 @@ CR4 = Domain(
 EFER = Domain(
     free=EFER_DEFINED & ~EFER_UNSPECIFIED & ~(LME | LMA),
     fixed=LME | LMA,
-    scope=(LME | LMA | NXE, LME | LMA),
+    scope=(LME | LMA | NXE,),
 )
 RFLAGS = Domain(
     free=RFLAGS_DEFINED & ~RFLAGS_ONE, fixed=RFLAGS_ONE, scope=(RFLAGS_ONE, RFLAGS_ONE | AC)

@@ -10,7 +10,6 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vapama.spec import domains
@@ -59,33 +58,40 @@ class Nondet(ABC):
         """Say that the rest of the run depends on `state` alone. An engine that has explored all
         that follows from it ends the run here; others go on."""
 
+    def words(self, draws: Sequence[tuple[str, Domain]]) -> list[Word]:
+        """Any words of these domains, by name."""
+        return [self.word(name, domain) for name, domain in draws]
+
     def flag(self, name: str) -> Flag:
         """0 or 1."""
         return self.word(name, domains.FLAG)
 
-    def access(self, name: str = "access") -> Access:
+    def access(self) -> Access:
         """Any access to any linear address."""
-        kind = self.word(name, domains.ACCESS)
-        address = self.word("address", domains.ADDRESS)
+        kind, address = self.words(ACCESS_DRAWS)
         return Access(address, kind >> 1 & 1, kind >> 4 & 1, kind >> 2 & 1, kind & 1)
 
     def cpu(self) -> Cpu:
         """Any control state with 4-level or 5-level paging."""
-        maxphyaddr = self.word("maxphyaddr", domains.MAXPHYADDR)
-        state = (
-            self.word("cr0", domains.CR0),
-            self.word("cr3", domains.CR3) & low_bits(maxphyaddr),
-            self.word("cr4", domains.CR4),
-            self.word("efer", domains.EFER),
-            self.word("rflags", domains.RFLAGS),
-            self.word("pkru", domains.KEYS),
-            self.word("pkrs", domains.KEYS),
-            maxphyaddr,
-            self.word("page1gb", domains.PAGE1GB),
-        )
+        maxphyaddr, cr0, cr3, *others = self.words(CPU_DRAWS)
+        cr3 = cr3 & low_bits(maxphyaddr)
         # The domains hold nothing impossible (a test says so), so the check is not paid each time.
-        return Cpu._make(state)
+        return Cpu._make((cr0, cr3, *others, maxphyaddr))
 
+
+CPU_DRAWS = (
+    ("maxphyaddr", domains.MAXPHYADDR),
+    ("cr0", domains.CR0),
+    ("cr3", domains.CR3),
+    ("cr4", domains.CR4),
+    ("efer", domains.EFER),
+    ("rflags", domains.RFLAGS),
+    ("pkru", domains.KEYS),
+    ("pkrs", domains.KEYS),
+    ("page1gb", domains.PAGE1GB),
+)
+"""MAXPHYADDR, and the registers in the order of `Cpu`."""
+ACCESS_DRAWS = (("access", domains.ACCESS), ("address", domains.ADDRESS))
 
 Claim = Callable[[Nondet, Any], None]
 
@@ -146,8 +152,8 @@ def invariant(
 
 
 def load_invariants() -> dict[str, Invariant]:
-    """Import every module of `vapama.spec.invariants`; the registry, by name in order of loading."""
+    """Import every module of `vapama.spec.invariants`; the registry, in the order of loading."""
     package = importlib.import_module("vapama.spec.invariants")
-    for module in sorted(info.name for info in pkgutil.iter_modules([str(Path(p)) for p in package.__path__])):
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
         importlib.import_module(f"{package.__name__}.{module}")
     return REGISTRY

@@ -38,22 +38,23 @@ FRAME = 0x000F_FFFF_FFFF_F000
 def translate(cpu: Cpu, memory: Memory, access: Access) -> Outcome:
     """The outcome of `access` by a fresh walk of the paging structures, no cached translations."""
     # CANONICAL
-    if not is_canonical(access.address, address_width(cpu.levels)):
+    levels = cpu.levels
+    if not is_canonical(access.address, address_width(levels)):
         return NonCanonical()
 
     # WALK
-    code = access_code(cpu, access)
+    code, reserved = access_code(cpu, access), reserved_anywhere(cpu)
     table = cpu.cr3 & FRAME
     allowed, forbidden = WRITABLE | USER, 0
     used: tuple[Update, ...] = ()
-    for level in range(cpu.levels, 0, -1):
+    for level in range(levels, 0, -1):
         address = entry_address(table, access.address, level)
         if address >= memory.limit:
             return OutsideMemory(address, used)
         entry = memory.load(address)
         if entry & PRESENT == 0:
             return PageFault(code, used)
-        if entry & reserved_bits(cpu, entry, level) != 0:
+        if entry & (reserved | reserved_at(cpu, entry, level)) != 0:
             return PageFault(code | P | RSVD, used)
         allowed, forbidden = allowed & entry, forbidden | entry
         if maps_a_page(entry, level):
@@ -104,23 +105,26 @@ def maps_a_page(entry: Word, level: int) -> Condition:
     return False
 
 
-def reserved_bits(cpu: Cpu, entry: Word, level: int) -> Word:
-    """The bits of a present entry that must be 0. Source: SDM Vol. 3A, 4.5 and 4.7 (RSVD flag).
+def reserved_anywhere(cpu: Cpu) -> Word:
+    """The bits that must be 0 in a present entry of any level. Source: SDM Vol. 3A, 4.5 and 4.7.
 
-    Bits 51:MAXPHYADDR always; bit 63 without EFER.NXE; PS in a PML4E and PML5E, and in a PDPTE
-    where there are no 1-GByte pages; below the frame of a large page all bits down to 13 (bit 12
-    is PAT).
+    Bits 51:MAXPHYADDR always, and bit 63 (XD) without EFER.NXE.
     """
-    bits = low_bits(52) & ~low_bits(cpu.maxphyaddr)
-    bits = bits | ite(cpu.nxe == 1, 0, EXECUTE_DISABLE)
+    return (1 << 52) - (1 << cpu.maxphyaddr) | (cpu.nxe ^ 1) << 63
+
+
+def reserved_at(cpu: Cpu, entry: Word, level: int) -> Word:
+    """The further bits that must be 0 in a present entry of this level. Source: as above.
+
+    PS in a PML4E and a PML5E, and in a PDPTE where there are no 1-GByte pages; below the frame of a
+    large page all bits down to 13 (bit 12 is PAT).
+    """
     if level >= 4:
-        bits = bits | PAGE_SIZE
-    elif level > 1:
-        large = page_offset(level) & ~low_bits(13)
-        bits = bits | ite(entry & PAGE_SIZE != 0, large, 0)
-    if level == 3:
-        bits = bits | ite(cpu.page1gb == 1, 0, PAGE_SIZE)
-    return bits
+        return PAGE_SIZE
+    if level == 1 or entry & PAGE_SIZE == 0:
+        return 0
+    below_frame = page_offset(level) & ~low_bits(13)
+    return below_frame if level == 2 else below_frame | ite(cpu.page1gb == 1, 0, PAGE_SIZE)
 
 
 def denied_by_rights(

@@ -67,7 +67,7 @@ BUDGETS = {
         hypothesis_examples=100,
         random_seconds=0.25,
         atheris_seconds=6,
-        exhaustive_width=6,
+        exhaustive_width=5,
     ),
     "standard": Budget(
         name="standard",
@@ -107,6 +107,6 @@ def budget_named(text: str) -> Budget:
         hypothesis_examples=max(10, int(seconds * 30)),
         random_seconds=seconds / 25,
         atheris_seconds=seconds,
-        exhaustive_width=6 if seconds < 60 else 7,
+        exhaustive_width=5 if seconds < 60 else 7,
         seed=None,
     )

@@ -32,7 +32,8 @@ from vapama.spec.paging import (
     maps_a_page,
     page_offset,
     path,
-    reserved_bits,
+    reserved_anywhere,
+    reserved_at,
     translate,
 )
 from vapama.spec.subject import ERROR_CODE, LEVEL, LOADS, MANY, PA, agree
@@ -150,7 +151,8 @@ def a_reserved_bit_always_faults(nondet: Nondet, subject: Any) -> None:
     nondet.assume(is_canonical(access.address, address_width(cpu.levels)))
     outcome = subject.translate(cpu, memory, access)
     for level, _, entry in path(cpu, memory, access.address):
-        if (entry & PRESENT != 0) & (entry & reserved_bits(cpu, entry, level) != 0):
+        reserved = reserved_anywhere(cpu) | reserved_at(cpu, entry, level)
+        if (entry & PRESENT != 0) & (entry & reserved != 0):
             nondet.reach("reserved bit")
             assert isinstance(outcome, PageFault)
             assert outcome.error_code & RSVD != 0

@@ -1,0 +1,235 @@
+"""The atheris engine: libFuzzer, guided by the branches of the walk, on invariants.
+
+libFuzzer owns the process it runs in (`atheris_target`), so this side starts it, reads what it
+tells, and starts it again without an invariant that failed, until the time is up.
+"""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from vapama.case import Case
+from vapama.fuzz.decoded import ByteDraws, Encoder
+from vapama.fuzz.random_engine import conclude
+from vapama.runs import Guarded, KnownDeparture, SubjectHung, attempt, hang_guard
+from vapama.spec.nondet import Invariant, Reject
+from vapama.verdict import COUNTEREXAMPLE, HELD, NOT_APPLICABLE, UNDECIDED, Verdict
+
+ENGINE = "atheris"
+LONGEST = 300
+"""Bytes of an input; a run decodes at most about so many."""
+ENDED_BY_TIME, FAILED, HUNG = 0, 77, 70
+Progress = Callable[[int], None]
+
+
+def unavailable() -> str:
+    """Why this engine cannot run here; empty if it can."""
+    found = importlib.util.find_spec("atheris") is not None
+    return "" if found else "atheris is not installed: pip install 'vapama[atheris]'"
+
+
+class Campaign:
+    """A run of libFuzzer over several invariants, restarted as they fail."""
+
+    def __init__(
+        self,
+        invariants: list[Invariant],
+        subject: Guarded,
+        seconds: float,
+        seed: int | None = 0,
+        hang_seconds: float = 10.0,
+        corpus: Path | None = None,
+    ) -> None:
+        self.invariants, self.subject = invariants, subject
+        self.seconds, self.seed, self.hang_seconds = seconds, seed, hang_seconds
+        self.corpus = corpus
+        self.runs = {i.name: 0 for i in invariants}
+        self.reached: dict[str, set[str]] = {i.name: set() for i in invariants}
+        self.failed: dict[str, tuple[str, list[tuple[str, int]]]] = {}
+        self.known: dict[str, int] = {}
+        self.coverage = ""
+        self.spent = 0.0
+        self.trouble = ""
+
+    def run(self, progress: Progress = lambda executions: None) -> list[Verdict]:
+        """Fuzz for the time given; a verdict for each invariant."""
+        left = [i for i in self.invariants]
+        with tempfile.TemporaryDirectory() as scratch:
+            self.scratch = Path(scratch)
+            corpus = self.corpus or self.scratch / "corpus"
+            corpus.mkdir(parents=True, exist_ok=True)
+            while left and self.spent < self.seconds and not self.trouble:
+                self._once(left, corpus, progress)
+                left = [i for i in left if i.name not in self.failed]
+        return [self._verdict(i) for i in self.invariants]
+
+    @property
+    def executions(self) -> int:
+        """Runs of all invariants so far."""
+        return sum(self.runs.values())
+
+    def _once(self, invariants: list[Invariant], corpus: Path, progress: Progress) -> None:
+        """One process of libFuzzer, until it ends by itself."""
+        out, log = self.scratch / "events", self.scratch / "log"
+        out.write_text("")
+        job = {
+            "subject": self.subject.name,
+            "invariants": [i.name for i in invariants],
+            "out": str(out),
+        }
+        flags = [
+            f"-max_total_time={max(1, round(self.seconds - self.spent))}",
+            f"-max_len={LONGEST}",
+            f"-timeout={max(1, round(self.hang_seconds))}",
+            f"-artifact_prefix={self.scratch}/",
+            "-print_final_stats=1",
+            *([f"-seed={self.seed + 1}"] if self.seed is not None else []),
+        ]
+        start, before, told = time.monotonic(), dict(self.runs), 0
+        command = [sys.executable, "-m", "vapama.fuzz.atheris_target", json.dumps(job)]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [*command, *flags, str(corpus)], stdout=stderr, stderr=stderr
+            )
+            try:
+                while process.poll() is None:
+                    time.sleep(0.1)
+                    told = self._listen(out, told, before)
+                    progress(self.executions)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        self._listen(out, told, before)
+        self.spent += time.monotonic() - start
+        text = log.read_text(errors="replace")
+        covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", text)
+        if covered:
+            self.coverage = "{} edges, {} features, corpus of {}".format(*covered[-1])
+        if process.returncode == HUNG:
+            self._hung(invariants)
+        elif process.returncode not in (ENDED_BY_TIME, FAILED):
+            lines = [line for line in text.splitlines() if line.strip()]
+            self.trouble = f"libFuzzer ended with status {process.returncode}: " + (
+                next((line for line in reversed(lines) if "Error" in line), lines[-1:] or "")
+            )[:300].__str__()
+
+    def _listen(self, out: Path, told: int, before: dict[str, int]) -> int:
+        """Take in the events from byte `told` on; returns how far it read."""
+        with out.open() as events:
+            events.seek(told)
+            for line in events:
+                if not line.endswith("\n"):
+                    break
+                told += len(line.encode())
+                self._hear(json.loads(line), before)
+        return told
+
+    def _hear(self, event: dict[str, Any], before: dict[str, int]) -> None:
+        if "failed" in event:
+            draws = [(name, value) for name, value in event["draws"]]
+            self.failed[event["failed"]] = event["why"], draws
+            return
+        for name, count in event["runs"].items():
+            self.runs[name] = before[name] + count
+        for name, labels in event["reached"].items():
+            self.reached[name] |= set(labels)
+        self.known = event["known"]
+
+    def _hung(self, invariants: list[Invariant]) -> None:
+        """The input that hung, run again under an alarm to learn its draws."""
+        for artifact in self.scratch.glob("timeout-*"):
+            data = artifact.read_bytes()
+            invariant = invariants[data[0] % len(invariants) if data else 0]
+            nondet = ByteDraws(data, self.subject.capabilities.narrow)
+            nondet.at = 1
+            try:
+                with hang_guard(self.hang_seconds):
+                    attempt(invariant, nondet, self.subject)
+            except (Reject, KnownDeparture, SubjectHung):
+                pass
+            why = f"the subject hung: no result within {self.hang_seconds:g} s"
+            self.failed[invariant.name] = why, nondet.draws()
+            artifact.unlink()
+
+    def _verdict(self, invariant: Invariant) -> Verdict:
+        runs = self.runs[invariant.name]
+        verdict = Verdict(
+            invariant=invariant.name,
+            engine=ENGINE,
+            subject=self.subject.name,
+            status=HELD,
+            seconds=self.spent / len(self.invariants),
+            executions=runs,
+            detail=f"{runs:,} runs",
+            known=self.known,
+        )
+        failed = self.failed.get(invariant.name)
+        if failed is None and self.trouble:
+            verdict.status, verdict.why = UNDECIDED, self.trouble
+            return verdict
+        if failed is not None and "hung" in failed[0]:
+            verdict.status, verdict.why = COUNTEREXAMPLE, failed[0]
+            return verdict
+        with hang_guard(60 * self.hang_seconds):
+            return conclude(
+                verdict, invariant, self.subject, self.reached[invariant.name], failed
+            )
+
+
+def run(
+    invariants: list[Invariant],
+    subject: Guarded,
+    seconds: float,
+    seed: int | None = 0,
+    hang_seconds: float = 10.0,
+    seeds: Iterable[Case] = (),
+    progress: Progress = lambda executions: None,
+) -> list[Verdict]:
+    """Fuzz all the invariants together for `seconds`. `seeds` are Cases to start from."""
+    reason = unavailable()
+    if reason:
+        return [
+            Verdict(
+                invariant=i.name,
+                engine=ENGINE,
+                subject=subject.name,
+                status=NOT_APPLICABLE,
+                why=reason,
+            )
+            for i in invariants
+        ]
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = Path(scratch)
+        plant(corpus, invariants, subject, seeds)
+        campaign = Campaign(invariants, subject, seconds, seed, hang_seconds, corpus)
+        return campaign.run(progress)
+
+
+def plant(
+    corpus: Path, invariants: list[Invariant], subject: Guarded, seeds: Iterable[Case]
+) -> None:
+    """Write Cases into a corpus as the bytes that decode to them."""
+    by_name = {invariant.name: i for i, invariant in enumerate(invariants)}
+    for number, case in enumerate(seeds):
+        if case.invariant in by_name:
+            which = by_name[case.invariant]
+            data = encoded(invariants[which], case, subject)
+            (corpus / f"case-{number}").write_bytes(bytes([which]) + data)
+
+
+def encoded(invariant: Invariant, case: Case, subject: Guarded) -> bytes:
+    """The bytes from which `ByteDraws` decodes the Case's draws."""
+    encoder = Encoder(case.values(), subject.capabilities.narrow)
+    try:
+        attempt(invariant, encoder, subject)
+    except (Reject, KnownDeparture):
+        pass
+    return bytes(encoder.encoded)

@@ -1,0 +1,107 @@
+"""The process that libFuzzer runs in: ``python -m vapama.fuzz.atheris_target JOB [libFuzzer flags]``.
+
+It instruments the reference walk and the subject's kernels, and runs invariants on draws decoded
+straight from libFuzzer's bytes; the first byte picks the invariant. It tells its parent what
+happens as JSON lines in the file that the job names. libFuzzer never returns: this process ends by
+its time limit, or at the first failure with status 77.
+"""
+
+import json
+import os
+import sys
+import time
+import types
+from collections import Counter
+from typing import Any
+
+import atheris
+
+from vapama.fuzz.decoded import ByteDraws
+from vapama.runs import KnownDeparture, attempt
+from vapama.spec import paging
+from vapama.spec.nondet import Reject, load_invariants
+from vapama.subjects import load_subject
+
+FAILED = 77
+REPORT_EVERY = 2048
+
+
+class Target:
+    """What libFuzzer calls: one run of one invariant for each input."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        registry = load_invariants()
+        self.subject = load_subject(job["subject"])
+        # Compiled kernels cannot be seen into, and their source is compiled as it is.
+        plain = self.subject.capabilities.symbolic
+        _instrument(paging, *([self.subject.subject.kernels] if plain and hasattr(self.subject.subject, "kernels") else []))
+        self.invariants = [registry[name] for name in job["invariants"]]
+        self.narrow = self.subject.capabilities.narrow
+        self.out = open(job["out"], "a", buffering=1)  # noqa: SIM115  (until the process ends)
+        self.reached: dict[str, set[str]] = {i.name: set() for i in self.invariants}
+        self.known: Counter[str] = Counter()
+        self.runs = [0] * len(self.invariants)
+        self.total = 0
+        self.start = time.monotonic()
+
+    def __call__(self, data: bytes) -> None:
+        """Run the invariant that the first byte picks on what the others decode to."""
+        which = data[0] % len(self.invariants) if data else 0
+        invariant = self.invariants[which]
+        nondet = ByteDraws(data, self.narrow)
+        nondet.at = 1
+        nondet.reached = self.reached[invariant.name]
+        self.runs[which] += 1
+        self.total += 1
+        try:
+            failure = attempt(invariant, nondet, self.subject)
+        except Reject:
+            failure = None
+        except KnownDeparture as departure:
+            self.known[str(departure)] += 1
+            failure = None
+        if failure is not None:
+            self.report()
+            self.tell({"failed": invariant.name, "why": failure.message, "draws": nondet.draws()})
+            os._exit(FAILED)
+        if self.total % REPORT_EVERY == 0:
+            self.report()
+
+    def report(self) -> None:
+        """Tell the parent how far this is."""
+        names = [i.name for i in self.invariants]
+        self.tell(
+            {
+                "runs": dict(zip(names, self.runs, strict=True)),
+                "reached": {name: sorted(labels) for name, labels in self.reached.items()},
+                "known": self.known,
+                "seconds": time.monotonic() - self.start,
+            }
+        )
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """One line to the parent."""
+        self.out.write(json.dumps(event) + "\n")
+
+
+def _instrument(*modules: object) -> None:
+    """Make libFuzzer see the branches and comparisons of these modules' functions.
+
+    Function by function and in place: instrumenting imports would take in every module of the
+    package, the decoder too, and cost half of the speed.
+    """
+    for module in modules:
+        for function in vars(module).values():
+            if isinstance(function, types.FunctionType) and not function.__closure__:
+                atheris.instrument_func(function)
+
+
+def main() -> None:
+    """Fuzz until libFuzzer ends the process."""
+    target = Target(json.loads(sys.argv[1]))
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

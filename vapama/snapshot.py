@@ -1,0 +1,216 @@
+"""The page tables of a real guest, with the ground truth of the machine that ran it.
+
+A snapshot is a .npz file: page-table pages by frame, control registers, and every mapping that
+QEMU's `info tlb` listed, with its flags. See data/README.md for the one that ships.
+"""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vapama.case import BadInput
+from vapama.spec import paging
+from vapama.spec.access import Access
+from vapama.spec.cpu import Cpu, ImpossibleState, UnsupportedMode
+from vapama.spec.memory import Image
+from vapama.spec.outcomes import Translated
+from vapama.spec.paging import translate
+
+SHIPPED = Path(__file__).parent / "data" / "linux-6.1-guest-4level.npz"
+NEEDED = ("frames", "tables", "cr0", "cr3", "cr4", "efer", "truth_va", "truth_pa", "truth_flags")
+LARGEST = 1 << 40
+Words = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A guest at one moment: control state, memory (tables only, 0 elsewhere), and the truth."""
+
+    name: str
+    cpu: Cpu
+    image: Words
+    truth_va: Words
+    truth_pa: Words
+    truth_flags: list[str]
+
+
+def load_snapshot(path: Path, maxphyaddr: int = 40) -> Snapshot:
+    """Read a .npz snapshot. Raises `BadInput`."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in NEEDED if name not in arrays]
+            if missing:
+                raise BadInput(f"{path}: not a snapshot: it lacks {', '.join(missing)}")
+            found: dict[str, Any] = {name: arrays[name] for name in NEEDED}
+    except OSError as error:
+        raise BadInput(f"{path}: cannot read the image: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
+        raise BadInput(f"{path}: not a whole .npz image: {error}") from None
+    return _snapshot(path, found, maxphyaddr)
+
+
+def _snapshot(path: Path, found: dict[str, Any], maxphyaddr: int) -> Snapshot:
+    frames, tables = found["frames"], found["tables"]
+    if tables.shape != (len(frames), 512) or tables.dtype != np.uint64 or not len(frames):
+        raise BadInput(f"{path}: `tables` must be 512 uint64 entries for each of `frames`")
+    if len({len(found[n]) for n in ("truth_va", "truth_pa", "truth_flags")}) != 1:
+        raise BadInput(f"{path}: the arrays of the truth differ in length")
+    if (frames & np.uint64(0xFFF)).any() or int(frames.max()) >= LARGEST:
+        raise BadInput(f"{path}: `frames` must be page-aligned and below {LARGEST:#x}")
+    image = np.zeros((int(frames.max()) // 4096 + 1, 512), dtype=np.uint64)
+    image[(frames >> np.uint64(12)).astype(np.int64)] = tables
+    registers = {name: int(found[name]) for name in ("cr0", "cr3", "cr4", "efer")}
+    try:
+        cpu = Cpu(**registers, maxphyaddr=maxphyaddr)
+    except (ImpossibleState, UnsupportedMode) as error:
+        raise BadInput(f"{path}: {error}") from None
+    return Snapshot(
+        path.name,
+        cpu,
+        image.reshape(-1),
+        found["truth_va"],
+        found["truth_pa"],
+        found["truth_flags"].tolist(),
+    )
+
+
+FLAG_BITS = (
+    ("X", paging.EXECUTE_DISABLE),
+    ("G", paging.GLOBAL),
+    ("P", paging.PAGE_SIZE),
+    ("D", paging.DIRTY),
+    ("A", paging.ACCESSED),
+    ("C", paging.CACHE_DISABLE),
+    ("T", paging.WRITE_THROUGH),
+    ("U", paging.USER),
+    ("W", paging.WRITABLE),
+)
+"""QEMU's letters for the bits of the entry that maps a page, in its order."""
+
+
+def flags(entry: int, level: int) -> str:
+    """An entry's bits as QEMU prints them; bit 7 of a PTE is PAT and not shown."""
+    shown = entry if level > 1 else entry & ~paging.PAGE_SIZE
+    return "".join(letter if shown & bit else "-" for letter, bit in FLAG_BITS)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How many mappings of a snapshot a check confirmed, of how many, and the first difference."""
+
+    what: str
+    right: int
+    total: int
+    first_difference: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether every mapping was confirmed, and there were some."""
+        return self.right == self.total > 0
+
+
+def check_snapshot(
+    snapshot: Snapshot, progress: Callable[[str], None] = lambda what: None
+) -> list[Agreement]:
+    """Every mapping of the snapshot, by the reference and by the compiled kernels, walked one by
+    one and found from CR3, against the truth."""
+    checks = (
+        ("reference: translated", _reference_walks),
+        ("compiled: translated", _compiled_walks),
+        ("reference: found from CR3, with flags", _reference_mappings),
+        ("compiled: found from CR3, with flags", _compiled_mappings),
+    )
+    results = []
+    for what, check in checks:
+        progress(what)
+        results.append(check(what, snapshot))
+    return results
+
+
+def _who(flags_: str) -> int:
+    """1 for a page that the truth calls a user's."""
+    return int("U" in flags_)
+
+
+def _reference_walks(what: str, snapshot: Snapshot) -> Agreement:
+    memory = Image(memoryview(snapshot.image))
+    truth = zip(
+        snapshot.truth_va.tolist(), snapshot.truth_pa.tolist(), snapshot.truth_flags, strict=True
+    )
+    right, difference = 0, ""
+    for va, pa, letters in truth:
+        outcome = translate(snapshot.cpu, memory, Access(va, user=_who(letters)))
+        if isinstance(outcome, Translated) and outcome.pa == pa:
+            right += 1
+        elif not difference:
+            difference = f"VA {va:#x}: {outcome}, the truth is PA {pa:#x}"
+    return Agreement(what, right, len(snapshot.truth_va), difference)
+
+
+def _compiled_walks(what: str, snapshot: Snapshot) -> Agreement:
+    from vapama.impl.optimized import translate_array
+
+    users = np.array([_who(letters) for letters in snapshot.truth_flags], dtype=bool)
+    right, difference = 0, ""
+    for user in (False, True):
+        addresses = snapshot.truth_va[users == user]
+        pas = snapshot.truth_pa[users == user]
+        statuses, values = translate_array(
+            snapshot.cpu, snapshot.image, addresses, Access(0, user=int(user))
+        )
+        same = (statuses <= 3) & (values == pas)
+        right += int(same.sum())
+        if not same.all() and not difference:
+            at = int(np.argmin(same))
+            difference = (
+                f"VA {int(addresses[at]):#x}: status {int(statuses[at])}, {int(values[at]):#x}; "
+                f"the truth is PA {int(pas[at]):#x}"
+            )
+    return Agreement(what, right, len(users), difference)
+
+
+def _reference_mappings(what: str, snapshot: Snapshot) -> Agreement:
+    memory = Image(memoryview(snapshot.image))
+    found = (
+        (m.address, m.pa, flags(m.entry, m.level)) for m in paging.mappings(snapshot.cpu, memory)
+    )
+    return _compare_sets(what, set(found), snapshot)
+
+
+def _compiled_mappings(what: str, snapshot: Snapshot) -> Agreement:
+    from vapama.impl.optimized import mappings_array
+
+    addresses, levels, entries = mappings_array(
+        snapshot.cpu, snapshot.image, room=2 * len(snapshot.truth_va) + 1
+    )
+    listed = zip(addresses.tolist(), levels.tolist(), entries.tolist(), strict=True)
+    found = {
+        (a, paging.Mapping(a, level, entry).pa, flags(entry, level)) for a, level, entry in listed
+    }
+    return _compare_sets(what, found, snapshot)
+
+
+def _compare_sets(
+    what: str, found: set[tuple[int, int, str]], snapshot: Snapshot
+) -> Agreement:
+    truth = set(
+        zip(
+            snapshot.truth_va.tolist(),
+            snapshot.truth_pa.tolist(),
+            snapshot.truth_flags,
+            strict=True,
+        )
+    )
+    extra, missing = found - truth, truth - found
+    difference = ""
+    for kind, differing in (("not in the truth", extra), ("not found", missing)):
+        if differing:
+            va, pa, letters = min(differing)
+            difference = difference or f"VA {va:#x} to PA {pa:#x} {letters}: {kind}"
+    # A mapping too many counts as one that is wrong.
+    return Agreement(what, len(truth) - len(missing) - len(extra), len(truth), difference)

@@ -1,0 +1,97 @@
+"""Subjects by name: short names of our own, and `module:factory` for any other."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vapama.case import BadInput
+from vapama.runs import Guarded
+from vapama.spec.paging import translate
+from vapama.spec.subject import ERROR_CODE, LEVEL, LOADS, PA, UPDATES, Capabilities
+
+
+class Reference:
+    """The specification itself as a subject: what invariants say of it, they say of the spec."""
+
+    capabilities = Capabilities(
+        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS}), symbolic=True
+    )
+    translate = staticmethod(translate)
+
+
+def _optimized() -> Any:
+    from vapama.impl.optimized import Optimized
+
+    return Optimized()
+
+
+def _compiled() -> Any:
+    from vapama.impl.optimized import Compiled
+
+    return Compiled()
+
+
+def _unicorn() -> Any:
+    try:
+        from vapama.oracles.unicorn import Unicorn
+
+        return Unicorn()
+    except ImportError as error:
+        raise BadInput(f"--subject unicorn: {error}: pip install 'vapama[unicorn]'") from None
+
+
+SHORT_NAMES: dict[str, Callable[[], Any]] = {
+    "optimized": _optimized,
+    "compiled": _compiled,
+    "reference": Reference,
+    "unicorn": _unicorn,
+}
+
+
+def load_subject(name: str) -> Guarded:
+    """The subject of this name: a short one, ``mistake:NAME`` or ``module:factory``.
+
+    A factory is a class or a function that takes no arguments; its module is looked for where
+    Python finds it, and in the current directory. Raises `BadInput`.
+    """
+    return Guarded(name, _subject(name))
+
+
+def _subject(name: str) -> Any:
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name]()
+    kind, colon, rest = name.partition(":")
+    if kind == "mistake" and colon:
+        return _mistake(rest)
+    if not colon or not kind or not rest:
+        known = ", ".join(SHORT_NAMES)
+        raise BadInput(f"--subject {name}: give one of {known}, or module:factory")
+    return _foreign(name, kind, rest)
+
+
+def _mistake(name: str) -> Any:
+    from vapama.bugs.mistakes import MISTAKES
+
+    if name not in MISTAKES:
+        raise BadInput(f"--subject mistake:{name}: no such mistake; `vapama list --mistakes`")
+    return MISTAKES[name].subject()
+
+
+def _foreign(name: str, module_name: str, factory_name: str) -> Any:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+        subject = factory()
+    except Exception as error:
+        raise BadInput(f"--subject {name}: {type(error).__name__}: {error}") from None
+    capabilities = getattr(subject, "capabilities", None)
+    if not isinstance(capabilities, Capabilities) or not callable(
+        getattr(subject, "translate", None)
+    ):
+        raise BadInput(
+            f"--subject {name}: it needs `capabilities` (vapama.spec.subject.Capabilities) and "
+            "`translate(cpu, memory, access)`"
+        )
+    return subject
