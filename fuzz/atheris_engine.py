@@ -45,7 +45,7 @@ class Campaign:
         seconds: float,
         seed: int | None = 0,
         hang_seconds: float = 10.0,
-        corpus: Path | None = None,
+        corpus: Path = Path("corpus"),
     ) -> None:
         self.invariants, self.subject = invariants, subject
         self.seconds, self.seed, self.hang_seconds = seconds, seed, hang_seconds
@@ -60,13 +60,11 @@ class Campaign:
 
     def run(self, progress: Progress = lambda executions: None) -> list[Verdict]:
         """Fuzz for the time given; a verdict for each invariant."""
-        left = [i for i in self.invariants]
+        left = list(self.invariants)
         with tempfile.TemporaryDirectory() as scratch:
             self.scratch = Path(scratch)
-            corpus = self.corpus or self.scratch / "corpus"
-            corpus.mkdir(parents=True, exist_ok=True)
             while left and self.spent < self.seconds and not self.trouble:
-                self._once(left, corpus, progress)
+                self._once(left, progress)
                 left = [i for i in left if i.name not in self.failed]
         return [self._verdict(i) for i in self.invariants]
 
@@ -75,7 +73,7 @@ class Campaign:
         """Runs of all invariants so far."""
         return sum(self.runs.values())
 
-    def _once(self, invariants: list[Invariant], corpus: Path, progress: Progress) -> None:
+    def _once(self, invariants: list[Invariant], progress: Progress) -> None:
         """One process of libFuzzer, until it ends by itself."""
         out, log = self.scratch / "events", self.scratch / "log"
         out.write_text("")
@@ -96,7 +94,7 @@ class Campaign:
         command = [sys.executable, "-m", "vapama.fuzz.atheris_target", json.dumps(job)]
         with log.open("wb") as stderr:
             process = subprocess.Popen(
-                [*command, *flags, str(corpus)], stdout=stderr, stderr=stderr
+                [*command, *flags, str(self.corpus)], stdout=stderr, stderr=stderr
             )
             try:
                 while process.poll() is None:
@@ -116,10 +114,8 @@ class Campaign:
         if process.returncode == HUNG:
             self._hung(invariants)
         elif process.returncode not in (ENDED_BY_TIME, FAILED):
-            lines = [line for line in text.splitlines() if line.strip()]
-            self.trouble = f"libFuzzer ended with status {process.returncode}: " + (
-                next((line for line in reversed(lines) if "Error" in line), lines[-1:] or "")
-            )[:300].__str__()
+            errors = [line for line in text.splitlines() if "Error" in line] or [text[-200:]]
+            self.trouble = f"libFuzzer ended with status {process.returncode}: {errors[-1].strip()}"
 
     def _listen(self, out: Path, told: int, before: dict[str, int]) -> int:
         """Take in the events from byte `told` on; returns how far it read."""
@@ -179,9 +175,7 @@ class Campaign:
             verdict.status, verdict.why = COUNTEREXAMPLE, failed[0]
             return verdict
         with hang_guard(60 * self.hang_seconds):
-            return conclude(
-                verdict, invariant, self.subject, self.reached[invariant.name], failed
-            )
+            return conclude(verdict, invariant, self.subject, self.reached[invariant.name], failed)
 
 
 def run(
@@ -191,26 +185,32 @@ def run(
     seed: int | None = 0,
     hang_seconds: float = 10.0,
     seeds: Iterable[Case] = (),
+    corpus: Path | None = None,
     progress: Progress = lambda executions: None,
-) -> list[Verdict]:
-    """Fuzz all the invariants together for `seconds`. `seeds` are Cases to start from."""
+) -> tuple[list[Verdict], str]:
+    """Fuzz all the invariants together for `seconds`: their verdicts, and the coverage reached.
+
+    `seeds` are Cases to start from; `corpus` is a folder to start from and add to, else a new one.
+    """
     reason = unavailable()
     if reason:
-        return [
-            Verdict(
-                invariant=i.name,
-                engine=ENGINE,
-                subject=subject.name,
-                status=NOT_APPLICABLE,
-                why=reason,
-            )
-            for i in invariants
-        ]
+        return [_not_run(invariant, subject, reason) for invariant in invariants], ""
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = Path(scratch)
+        corpus = corpus or Path(scratch)
+        corpus.mkdir(parents=True, exist_ok=True)
         plant(corpus, invariants, subject, seeds)
         campaign = Campaign(invariants, subject, seconds, seed, hang_seconds, corpus)
-        return campaign.run(progress)
+        return campaign.run(progress), campaign.coverage
+
+
+def _not_run(invariant: Invariant, subject: Guarded, reason: str) -> Verdict:
+    return Verdict(
+        invariant=invariant.name,
+        engine=ENGINE,
+        subject=subject.name,
+        status=NOT_APPLICABLE,
+        why=reason,
+    )
 
 
 def plant(

@@ -34,7 +34,14 @@ class Target:
         self.subject = load_subject(job["subject"])
         # Compiled kernels cannot be seen into, and their source is compiled as it is.
         plain = self.subject.capabilities.symbolic
-        _instrument(paging, *([self.subject.subject.kernels] if plain and hasattr(self.subject.subject, "kernels") else []))
+        _instrument(
+            paging,
+            *(
+                [self.subject.subject.kernels]
+                if plain and hasattr(self.subject.subject, "kernels")
+                else []
+            ),
+        )
         self.invariants = [registry[name] for name in job["invariants"]]
         self.narrow = self.subject.capabilities.narrow
         self.out = open(job["out"], "a", buffering=1)  # noqa: SIM115  (until the process ends)

@@ -7,7 +7,7 @@ can be turned into bytes: a seed for the fuzzer's corpus.
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
-from vapama.runs import Concrete, DrawName
+from vapama.runs import Concrete, DrawName, recorded
 from vapama.spec import domains
 from vapama.spec.domains import Domain, Take
 
@@ -95,9 +95,7 @@ class Encoder(Concrete):
 
     def draw(self, name: DrawName, domain: Domain) -> int:
         """The Case's value, or the simplest."""
-        spelled = name if isinstance(name, str) else f"{name[0]}[{name[1]:#x}]"
-        fallback = 0 if isinstance(name, tuple) else domain.representatives()[0]
-        value = self.values.get(spelled, fallback)
+        value = recorded(self.values, name, domain)
         self.encoded += domain.encode(value)
         return value
 

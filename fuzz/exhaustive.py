@@ -9,7 +9,15 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 
 from vapama.fuzz.random_engine import conclude
-from vapama.runs import Concrete, DrawName, Guarded, KnownDeparture, attempt, hang_guard
+from vapama.runs import (
+    Concrete,
+    DrawName,
+    Guarded,
+    KnownDeparture,
+    attempt,
+    hang_guard,
+    recorded,
+)
 from vapama.spec.domains import Domain
 from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import HELD, UNDECIDED, Verdict
@@ -45,7 +53,9 @@ class Enumeration(Concrete):
             self.choices.append((0, count))
         taken, options = self.choices[self.at]
         if options != count:
-            raise AssertionError("the invariant draws otherwise on a re-run: it has state of its own")
+            raise AssertionError(
+                "the invariant draws otherwise on a re-run: it has state of its own"
+            )
         self.at += 1
         return taken
 
@@ -72,6 +82,28 @@ class Enumeration(Concrete):
         self.trail.clear()
 
 
+class Scripted(Enumeration):
+    """An enumeration that follows a Case: each domain's only representative is the Case's value."""
+
+    def __init__(
+        self, values: Mapping[str, int], narrow: Mapping[str, Domain] | None = None
+    ) -> None:
+        super().__init__(narrow)
+        self.values = values
+
+    def draw(self, name: DrawName, domain: Domain) -> int:
+        """The Case's value, as the only choice."""
+        value = recorded(self.values, name, domain)
+        return (value,)[self._next(1)]
+
+    def choose(self, name: str, count: int) -> int:
+        """The Case's index."""
+        index = self.values.get(name, 0)
+        if index >= count:
+            raise Reject
+        return index
+
+
 def run(
     invariant: Invariant,
     subject: Guarded,
@@ -81,7 +113,8 @@ def run(
     progress: Progress = lambda executions: None,
 ) -> Verdict:
     """Run every case of the scope, which takes the first `width` representatives of each domain (all
-    of them for None); undecided if there are more than `most_runs` cases."""
+    of them for None); undecided if there are more than `most_runs` cases.
+    """
     start = time.monotonic()
     nondet = Enumeration(subject.capabilities.narrow, width)
     runs, complete = 0, False
@@ -107,7 +140,8 @@ def run(
         status=HELD,
         seconds=time.monotonic() - start,
         executions=runs,
-        detail=f"all {runs:,} cases of width {width}" + (f", {len(nondet.states)} states" if nondet.states else ""),
+        detail=f"all {runs:,} cases of width {width}"
+        + (f", {len(nondet.states)} states" if nondet.states else ""),
     )
     with hang_guard(60 * hang_seconds):
         conclude(verdict, invariant, subject, nondet.reached, failed)

@@ -24,7 +24,7 @@ found more of the seeded mistakes in fewer examples than a draw for each value d
 Progress = Callable[[int], None]
 
 
-class Failed(Exception):  # noqa: N818  (Hypothesis is to see it as the test's failure)
+class Failed(Exception):
     """The invariant failed on an example."""
 
 

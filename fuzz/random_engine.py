@@ -90,7 +90,8 @@ def conclude(
     failed: tuple[str, list[tuple[str, int]]] | None,
 ) -> Verdict:
     """A verdict completed by what happened: the failure (message and draws), shrunk, if there was
-    one; undecided if the runs did not reach all that the invariant is to reach."""
+    one; undecided if the runs did not reach all that the invariant is to reach.
+    """
     if failed is not None:
         verdict.status, (verdict.why, draws) = COUNTEREXAMPLE, failed
         verdict.case = shrink(invariant, subject, draws, verdict.engine)

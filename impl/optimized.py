@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vapama.impl.kernels import long_mode
+from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Memory, Sparse
 from vapama.spec.outcomes import (
@@ -17,7 +18,6 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
-from vapama.spec.access import Access
 from vapama.spec.subject import (
     EFFECTS,
     ERROR_CODE,
@@ -152,9 +152,7 @@ class Compiled:
         after = image[indices].tolist()
         image[indices] = 0
         before = memory.touched.items()
-        updates = tuple(
-            Update(a, new & ~old) for (a, old), new in zip(before, after, strict=True)
-        )
+        updates = tuple(Update(a, new & ~old) for (a, old), new in zip(before, after, strict=True))
         if status >= long_mode.FAULT:
             updates = tuple(update for update in updates if update.bits)
         return outcome(int(status), int(value), updates)

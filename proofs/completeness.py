@@ -57,7 +57,7 @@ def smtlib(formula: z3.BoolRef) -> str:
 
 
 def valid_by_z3(formula: z3.BoolRef, rlimit: int = 0) -> str:
-    """"valid", "not valid" or "unknown", by a fresh z3 solver."""
+    """ "valid", "not valid" or "unknown", by a fresh z3 solver."""
     solver = z3.SimpleSolver()
     if rlimit:
         solver.set("rlimit", rlimit)
@@ -67,7 +67,7 @@ def valid_by_z3(formula: z3.BoolRef, rlimit: int = 0) -> str:
 
 
 def valid_by_bitwuzla(text: str, seconds: float = 0) -> str:
-    """"valid", "not valid" or "unknown": bitwuzla's answer to SMT-LIB text made by `smtlib`."""
+    """ "valid", "not valid" or "unknown": bitwuzla's answer to SMT-LIB text made by `smtlib`."""
     import bitwuzla
 
     options = bitwuzla.Options()

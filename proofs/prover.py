@@ -142,9 +142,7 @@ def _vacuous(invariant: Invariant, paths: list[Path]) -> str:
     return f"vacuous: no input reaches {', '.join(missing)}" if missing else ""
 
 
-def _incomplete(
-    invariant: Invariant, paths: list[Path], options: Options, verdict: Verdict
-) -> str:
+def _incomplete(invariant: Invariant, paths: list[Path], options: Options, verdict: Verdict) -> str:
     formula = completeness.completeness(paths)
     text = completeness.smtlib(formula)
     if options.export is not None:

@@ -346,7 +346,8 @@ class Decision:
 @dataclass(slots=True)
 class Path:
     """A finished path: the conditions it took, whether an assumption cut it short, what it reached,
-    and what an assertion on it said if it failed."""
+    and what an assertion on it said if it failed.
+    """
 
     decisions: list[tuple[str, list[z3.BoolRef], int]]
     pruned: bool

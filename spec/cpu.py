@@ -29,6 +29,7 @@ AC = 1 << 18
 RFLAGS_DEFINED = 0x003D_7FD7
 RFLAGS_ONE = 1 << 1
 
+
 class ImpossibleState(ValueError):
     """A control state that no processor can be in."""
 

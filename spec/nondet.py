@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vapama.spec import domains
+from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
-from vapama.spec.access import Access
 from vapama.spec.words import Condition, Flag, Word, low_bits
 
 T = TypeVar("T")
@@ -43,7 +43,8 @@ class Nondet(ABC):
     @abstractmethod
     def memory(self, name: str, given: Sequence[tuple[Word, Word]] = ()) -> Memory:
         """Any memory: any size in whole pages, any content but for the `given` entries (address
-        and value), which it holds."""
+        and value), which it holds.
+        """
 
     @abstractmethod
     def assume(self, condition: Condition) -> None:
@@ -56,7 +57,8 @@ class Nondet(ABC):
     @abstractmethod
     def seen(self, state: Hashable) -> None:
         """Say that the rest of the run depends on `state` alone. An engine that has explored all
-        that follows from it ends the run here; others go on."""
+        that follows from it ends the run here; others go on.
+        """
 
     def words(self, draws: Sequence[tuple[str, Domain]]) -> list[Word]:
         """Any words of these domains, by name."""
@@ -142,7 +144,9 @@ def invariant(
         known = REGISTRY.get(name)
         if known is not None and known.claim.__module__ != claim.__module__:
             where = known.claim.__module__
-            raise ValueError(f"an invariant named {name} is in {where} already: name this otherwise")
+            raise ValueError(
+                f"an invariant named {name} is in {where} already: name this otherwise"
+            )
         REGISTRY[name] = Invariant(
             name, claim, source, tuple(reaches), frozenset(needs), twin, bound
         )

@@ -181,7 +181,8 @@ class Step(NamedTuple):
 
 def path(cpu: Cpu, memory: Memory, address: Word) -> Iterator[Step]:
     """The entries for a linear address from CR3 down, as far as they are present, within memory
-    and name a next structure. It checks no rights and no reserved bits: `translate` does."""
+    and name a next structure. It checks no rights and no reserved bits: `translate` does.
+    """
     table = cpu.cr3 & FRAME
     for level in range(cpu.levels, 0, -1):
         where = entry_address(table, address, level)

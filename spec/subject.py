@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
@@ -19,7 +20,6 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
-from vapama.spec.access import Access
 from vapama.spec.words import Condition, Word
 
 # What a subject can be able to observe.
@@ -75,7 +75,7 @@ class BatchSubject(Subject, Protocol):
         """The outcomes of `access` at each of `addresses`; no flags are set on the way."""
 
 
-class NotCovered(Exception):  # noqa: N818  (it is not an error: the case is passed over)
+class NotCovered(Exception):
     """The subject cannot be asked this case; say why."""
 
 

@@ -11,7 +11,7 @@ import msgspec
 FORMAT, VERSION = "vapama-case", 1
 
 
-class BadInput(Exception):  # noqa: N818  (the name users see is the message)
+class BadInput(Exception):
     """Something given to vapama cannot be used: one line that says what, where and what to do."""
 
 

@@ -106,10 +106,7 @@ class Concrete(Nondet):
 
     def draws(self) -> list[tuple[str, int]]:
         """The trail with its names spelled out, as a Case holds it."""
-        return [
-            (name if isinstance(name, str) else f"{name[0]}[{name[1]:#x}]", value)
-            for name, value in self.trail
-        ]
+        return [(spelled(name), value) for name, value in self.trail]
 
 
 class Replay(Concrete):
@@ -123,14 +120,24 @@ class Replay(Concrete):
 
     def draw(self, name: DrawName, domain: Domain) -> int:
         """The recorded value. Raises `Reject` if it is not one that this draw can have."""
-        if isinstance(name, tuple):
-            return self.values.get(f"{name[0]}[{name[1]:#x}]", 0)
-        value = self.values.get(name)
-        if value is None:
-            return domain.representatives()[0]
-        if not domain.holds(value):
-            raise Reject
-        return value
+        return recorded(self.values, name, domain)
+
+
+def spelled(name: DrawName) -> str:
+    """A draw's name as Cases spell it: an entry of a memory is `memory[address]`."""
+    return name if isinstance(name, str) else f"{name[0]}[{name[1]:#x}]"
+
+
+def recorded(values: Mapping[str, int], name: DrawName, domain: Domain) -> int:
+    """The value of a draw in a Case; the simplest of its domain (0 for an entry) if it has none.
+
+    Raises `Reject` if the value is not in the domain.
+    """
+    fallback = 0 if isinstance(name, tuple) else domain.representatives()[0]
+    value = values.get(spelled(name), fallback)
+    if not domain.holds(value):
+        raise Reject
+    return value
 
 
 class SubjectRaised(BaseException):

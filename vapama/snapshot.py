@@ -118,7 +118,8 @@ def check_snapshot(
     snapshot: Snapshot, progress: Callable[[str], None] = lambda what: None
 ) -> list[Agreement]:
     """Every mapping of the snapshot, by the reference and by the compiled kernels, walked one by
-    one and found from CR3, against the truth."""
+    one and found from CR3, against the truth.
+    """
     checks = (
         ("reference: translated", _reference_walks),
         ("compiled: translated", _compiled_walks),
@@ -195,9 +196,7 @@ def _compiled_mappings(what: str, snapshot: Snapshot) -> Agreement:
     return _compare_sets(what, found, snapshot)
 
 
-def _compare_sets(
-    what: str, found: set[tuple[int, int, str]], snapshot: Snapshot
-) -> Agreement:
+def _compare_sets(what: str, found: set[tuple[int, int, str]], snapshot: Snapshot) -> Agreement:
     truth = set(
         zip(
             snapshot.truth_va.tolist(),

@@ -38,7 +38,8 @@ EXIT_HELD, EXIT_COUNTEREXAMPLE, EXIT_BAD_INPUT, EXIT_UNDECIDED = 0, 1, 2, 3
 
 def exit_status(verdicts: list[Verdict]) -> int:
     """0 if all held, 1 if there is a counterexample, else 3 if something is undecided or nothing
-    was checked at all."""
+    was checked at all.
+    """
     statuses = {v.status for v in verdicts}
     if COUNTEREXAMPLE in statuses:
         return EXIT_COUNTEREXAMPLE

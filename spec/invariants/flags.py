@@ -33,7 +33,8 @@ KEY = 0xF << 59
 )
 def a_translation_marks_each_entry_it_used(nondet: Nondet, subject: Any) -> None:
     """A translated access sets A in each entry on its path, in order, and D in the last of them if
-    it is a write: no other bit, no other entry."""
+    it is a write: no other bit, no other entry.
+    """
     cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
     outcome = subject.translate(cpu, memory, access)
     if isinstance(outcome, Translated):

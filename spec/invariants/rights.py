@@ -14,7 +14,6 @@ from vapama.spec.paging import EXECUTE_DISABLE, USER, WRITABLE, path
 from vapama.spec.subject import ERROR_CODE
 from vapama.spec.words import Flag, Word, bit, ite
 
-
 WHICH = Domain(among=tuple(range(5)))
 RIGHTS = Domain(free=WRITABLE | USER | EXECUTE_DISABLE)
 
@@ -99,7 +98,8 @@ def smep_keeps_the_supervisor_from_executing_user_pages(nondet: Nondet, subject:
 )
 def smap_keeps_the_supervisor_from_touching_user_pages(nondet: Nondet, subject: Any) -> None:
     """With CR4.SMAP a supervisor-mode data access translates to a user page only if it is explicit
-    and RFLAGS.AC is 1."""
+    and RFLAGS.AC is 1.
+    """
     cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
     nondet.assume((access.fetch == 0) & (access.user == 0) & (cpu.smap == 1))
     if isinstance(subject.translate(cpu, memory, access), Translated):
@@ -124,7 +124,8 @@ def _key_denies(register: Word, entry: Word, strict_write: Flag) -> Flag:
 )
 def pkru_governs_data_accesses_to_user_pages(nondet: Nondet, subject: Any) -> None:
     """With CR4.PKE a data access to a user page translates only if PKRU allows it: AD for none,
-    WD not for writes by the user, nor by the supervisor with CR0.WP."""
+    WD not for writes by the user, nor by the supervisor with CR0.WP.
+    """
     cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
     nondet.assume((access.fetch == 0) & (cpu.pke == 1))
     if isinstance(subject.translate(cpu, memory, access), Translated):
@@ -179,7 +180,8 @@ def without_keys_no_fault_blames_one(nondet: Nondet, subject: Any) -> None:
 )
 def rights_never_grow_down_the_walk(nondet: Nondet, subject: Any) -> None:
     """Taking R/W or U/S from one entry, or setting its XD, lets no user access through that did
-    not go through before, and moves none elsewhere."""
+    not go through before, and moves none elsewhere.
+    """
     cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
     nondet.assume((access.user == 1) & (cpu.nxe == 1))
     steps = list(path(cpu, memory, access.address))

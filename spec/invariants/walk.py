@@ -22,14 +22,11 @@ from vapama.spec.outcomes import (
     kind,
 )
 from vapama.spec.paging import (
-    EXECUTE_DISABLE,
     FRAME,
     PRESENT,
     USER,
     WRITABLE,
     address_width,
-    entry_address,
-    maps_a_page,
     page_offset,
     path,
     reserved_anywhere,
@@ -127,7 +124,8 @@ def just_the_canonical_addresses_are_walked(nondet: Nondet, subject: Any) -> Non
 )
 def an_entry_that_is_not_present_stops_the_walk(nondet: Nondet, subject: Any) -> None:
     """If the path ends in an entry with P=0 the access faults; the code lacks P unless a reserved
-    bit was met before."""
+    bit was met before.
+    """
     cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
     nondet.assume(is_canonical(access.address, address_width(cpu.levels)))
     outcome = subject.translate(cpu, memory, access)
@@ -200,7 +198,8 @@ def a_walk_never_reads_outside_memory(nondet: Nondet, subject: Any) -> None:
 )
 def five_levels_with_top_index_zero_equal_four(nondet: Nondet, subject: Any) -> None:
     """An address with bits 63:47 zero translates alike with 4 levels, and with 5 whose first PML5E
-    names the same PML4 and removes no rights."""
+    names the same PML4 and removes no rights.
+    """
     four, access = nondet.cpu(), nondet.access()
     nondet.assume((four.cr4 & LA57 == 0) & (access.address >> 47 == 0))
     pml5 = nondet.word("pml5", ENTRY) & FRAME & low_bits(four.maxphyaddr)

@@ -1,0 +1,345 @@
+"""The command line. Exit status: 0 all held, 1 a counterexample, 2 bad input, 3 undecided."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from vapama import snapshot
+from vapama.case import BadInput
+from vapama.jobs import Event, Job
+from vapama.verdict import (
+    EXIT_BAD_INPUT,
+    EXIT_HELD,
+    EXIT_UNDECIDED,
+    Verdict,
+    budget_named,
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Is my address translation right? Checks it against an executable specification.",
+    epilog="Exit status: 0 all held, 1 a counterexample, 2 bad input or usage, 3 undecided.",
+)
+console = Console(highlight=False)
+notes = Console(stderr=True, highlight=False)
+
+Names = Annotated[list[str] | None, typer.Argument(help="Invariants by name; all by default.")]
+Subject = Annotated[
+    str | None,
+    typer.Option(help="What to check: a short name (see `vapama list`) or module:factory."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+CASES = Path("vapama-cases")
+
+
+def main() -> None:
+    """Run the command line, with bad input told in one line."""
+    if not __debug__:
+        sys.exit("vapama: run Python without -O: the invariants are asserts")
+    try:
+        app()
+    except BadInput as error:
+        notes.print(f"vapama: {error}", soft_wrap=True, markup=False)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        notes.print("vapama: interrupted")
+        sys.exit(130)
+
+
+@app.command()
+def check(
+    invariants: Names = None,
+    subject: Subject = None,
+    engines: Annotated[str, typer.Option(help="Engines, comma-separated.")] = (
+        "z3,exhaustive,random,hypothesis,atheris"
+    ),
+    budget: Annotated[
+        str, typer.Option(help="quick, standard, nightly, or seconds for each engine.")
+    ] = "standard",
+    guest: Annotated[
+        Path | None, typer.Option(help="A .npz snapshot to check besides (the shipped one).")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
+    json: Json = False,
+) -> None:
+    """Check every invariant by every engine, and the page tables of a real Linux guest."""
+    from vapama import check as checking
+    from vapama import report as reporting
+
+    chosen = checking.chosen_invariants(invariants or [])
+    if guest is None and subject is None and not invariants:
+        guest = checking.DEFAULT_GUEST
+    if guest is not None:
+        snapshot.load_snapshot(guest)
+    spent = budget_named(budget)
+    jobs, skipped = checking.plan(
+        chosen, checking.chosen_engines(engines), spent, subject, guest, regression_cases()
+    )
+    with progress(len(jobs)) as listener:
+        result = checking.check(jobs, spent, skipped, listener)
+    saved = save_cases(result.counterexamples)
+    if junit is not None:
+        reporting.write_junit(result, junit)
+    if report is not None:
+        reporting.write_html(result, report)
+    if json:
+        sys.stdout.buffer.write(reporting.as_json(result))
+    else:
+        reporting.print_report(result, console, saved)
+    raise typer.Exit(result.status)
+
+
+@app.command("list")
+def list_(
+    mistakes: Annotated[bool, typer.Option(help="List the seeded mistakes instead.")] = False,
+    json: Json = False,
+) -> None:
+    """List the invariants with their sources, and the subjects."""
+    from vapama.bugs.mistakes import MISTAKES
+    from vapama.spec.nondet import load_invariants
+    from vapama.subjects import SHORT_NAMES
+
+    if json:
+        import msgspec
+
+        listed = [
+            {"name": i.name, "source": i.source, "claim": i.claim.__doc__, "twin": i.twin}
+            for i in load_invariants().values()
+        ]
+        content = {"invariants": listed, "subjects": list(SHORT_NAMES), "mistakes": list(MISTAKES)}
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(content)) + b"\n")
+        return
+    if mistakes:
+        for mistake in MISTAKES.values():
+            console.print(f"{mistake.name}  (breaks {mistake.breaks})", markup=False)
+        return
+    for invariant in load_invariants().values():
+        claim = " ".join((invariant.claim.__doc__ or "").split())
+        console.print(f"[bold]{invariant.name}[/]\n    {claim}\n    [dim]{invariant.source}[/]")
+    console.print(f"subjects: {', '.join(SHORT_NAMES)}, mistake:NAME, module:factory")
+
+
+@app.command()
+def prove(
+    invariants: Names = None,
+    subject: Subject = None,
+    mistakes: Annotated[
+        bool, typer.Option(help="Refute every seeded mistake of the kernels instead.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write each proof's SMT-LIB into this folder.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Prove invariants for all inputs with Z3, each proof checked again by bitwuzla."""
+    from vapama import check as checking
+
+    chosen = checking.chosen_invariants(invariants or [])
+    budget = budget_named("standard")
+    if mistakes:
+        from vapama.proofs.prover import refute
+
+        hunt_mistakes(lambda invariant, name: refute(invariant, name, budget.rlimit), json)
+    jobs, skipped = checking.plan(chosen, ("z3",), budget, subject or "optimized")
+    if skipped:
+        raise BadInput(f"--subject {subject}: {skipped['z3']}")
+    import msgspec
+
+    jobs = [msgspec.structs.replace(job, export=str(export) if export else "") for job in jobs]
+    with progress(len(jobs)) as listener:
+        result = checking.check(jobs, budget, skipped, listener)
+    finish(result.verdicts, json)
+
+
+@app.command()
+def fuzz(
+    invariants: Annotated[
+        list[str] | None,
+        typer.Argument(help="Invariants by name, or `all`; by default the walk's equality."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 30,
+    engine: Annotated[str, typer.Option(help="atheris, random or hypothesis.")] = "atheris",
+    subject: Subject = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="The corpus to start from and add to (a cache folder).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The random seed; a fresh one each time.")
+    ] = None,
+    mistakes: Annotated[
+        bool, typer.Option(help="Hunt every seeded mistake, for `--seconds` each, instead.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Fuzz invariants, and report runs a second and the coverage reached."""
+    from vapama import check as checking
+    from vapama import fuzzing
+
+    names = invariants or [checking.WALK]
+    chosen = checking.chosen_invariants([] if names == ["all"] else names)
+    if engine not in fuzzing.ENGINES:
+        raise BadInput(f"--engine {engine}: give one of {', '.join(fuzzing.ENGINES)}")
+    if mistakes:
+        hunt_mistakes(lambda i, name: fuzzing.hunt(i, f"mistake:{name}", engine, seconds), json)
+    jobs, folder = fuzzing.plan(chosen, subject or "optimized", engine, seconds, seed, corpus)
+    with progress(len(jobs)) as listener:
+        result = checking.check(jobs, jobs[0].budget, {}, listener)
+    total = sum(v.executions for v in result.verdicts)
+    spent = sum(v.seconds for v in result.verdicts)
+    if not json:
+        rate = total / max(spent, 1e-9)
+        console.print(f"{engine}: {total:,} runs in {spent:.1f} s, {rate:,.0f} a second on a core")
+        if result.coverage:
+            console.print(f"coverage: {result.coverage}")
+        for line in fuzzing.source_coverage(folder, chosen, subject or "optimized"):
+            console.print(f"coverage: {line}")
+    finish(result.verdicts, json)
+
+
+@app.command()
+def replay(
+    case: Annotated[Path, typer.Argument(help="A Case, as an engine wrote it.")],
+    subject: Subject = None,
+) -> None:
+    """Run a Case again, by every engine that can."""
+    from vapama import replaying
+
+    results = replaying.replay_everywhere(case, subject)
+    for engine, answer in results.items():
+        console.print(f"{engine:<11} {answer.text}", markup=False, soft_wrap=True)
+    raise typer.Exit(replaying.status(results))
+
+
+@app.command()
+def explain(
+    what: Annotated[str, typer.Argument(help="A Case, or a .npz snapshot, or `guest`.")],
+    addresses: Annotated[list[str] | None, typer.Argument(help="Linear addresses.")] = None,
+    subject: Subject = None,
+    write: Annotated[bool, typer.Option("--write")] = False,
+    fetch: Annotated[bool, typer.Option("--fetch")] = False,
+    user: Annotated[bool, typer.Option("--user")] = False,
+) -> None:
+    """Show a walk as a person reads it: a Case's, or that of addresses in a snapshot."""
+    from vapama import replaying
+
+    if addresses:
+        path = snapshot.SHIPPED if what == "guest" else Path(what)
+        if write and fetch:
+            raise BadInput("give --write or --fetch, not both")
+        lines = replaying.explain_addresses(path, addresses, write=write, fetch=fetch, user=user)
+    elif what == "guest" or what.endswith(".npz"):
+        raise BadInput(f"vapama explain {what}: give linear addresses to explain")
+    else:
+        lines = replaying.explain_case(Path(what), subject)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def hunt_mistakes(hunt: Callable[..., Verdict], json: bool) -> None:
+    """Hunt every seeded mistake, say how each fared, and exit: 0 if all were refuted."""
+    from vapama.bugs.mistakes import MISTAKES
+    from vapama.spec.nondet import load_invariants
+
+    registry = load_invariants()
+    verdicts = []
+    for mistake in MISTAKES.values():
+        verdict = hunt(registry[mistake.breaks], mistake.name)
+        verdicts.append(verdict)
+        refuted = verdict.status == "counterexample"
+        style, text = (
+            ("green", "refuted") if refuted else ("bold red", f"NOT REFUTED {verdict.why}")
+        )
+        if not json:
+            console.print(f"[{style}]{text:<9}[/] {verdict.seconds:6.2f} s  {mistake.name}")
+    survived = [v for v in verdicts if v.status != "counterexample"]
+    if json:
+        print_json(verdicts)
+    else:
+        slowest = max(v.seconds for v in verdicts)
+        caught = len(verdicts) - len(survived)
+        console.print(
+            f"{caught} of {len(verdicts)} seeded mistakes refuted, the slowest in {slowest:.2f} s"
+        )
+    raise typer.Exit(EXIT_UNDECIDED if survived else EXIT_HELD)
+
+
+def finish(verdicts: list[Verdict], json: bool) -> None:
+    """Print verdicts one by one, save counterexamples, and exit with their status."""
+    from vapama.report import STYLES
+    from vapama.verdict import exit_status
+
+    saved = save_cases([v for v in verdicts if v.status == "counterexample"])
+    if json:
+        print_json(verdicts)
+    else:
+        for v in sorted(verdicts, key=lambda v: v.invariant):
+            console.print(
+                f"[{STYLES[v.status]}]{v.status:<14}[/] {v.seconds:6.2f} s  {v.invariant}  "
+                f"[dim]{v.detail}[/] {v.why}",
+                soft_wrap=True,
+            )
+            for path in [saved[id(v)]] if id(v) in saved else []:
+                console.print(f"               replay it: vapama explain {path}", soft_wrap=True)
+    raise typer.Exit(exit_status(verdicts))
+
+
+def print_json(verdicts: list[Verdict]) -> None:
+    """Verdicts as JSON on standard output."""
+    import msgspec
+
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(verdicts)) + b"\n")
+
+
+def save_cases(counterexamples: list[Verdict]) -> dict[int, Path]:
+    """Write the Cases of counterexamples to a folder; where each is, by the verdict's id."""
+    return {id(v): v.case.save(CASES) for v in counterexamples if v.case is not None}
+
+
+def regression_cases() -> list[Path]:
+    """The Cases of the project at hand, for the engines to begin with."""
+    return sorted(Path("tests/regressions").glob("*.json"))
+
+
+@contextmanager
+def progress(jobs: int) -> Iterator[Callable[[Job, Event], None]]:
+    """Show what the jobs are at, on a terminal; quiet elsewhere."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=notes,
+        transient=True,
+        disable=not notes.is_terminal,
+    )
+    tasks: dict[Job, TaskID] = {}
+    done: dict[Job, int] = {}
+
+    def listen(job: Job, event: Event) -> None:
+        if job not in tasks:
+            tasks[job] = bar.add_task("")
+        if event.verdict is not None:
+            done[job] = done.get(job, 0) + 1
+        where = f"{done.get(job, 0)}/{len(job.invariants)}" if job.invariants else ""
+        count = f" {event.executions:,}" if event.executions else ""
+        if event.at:
+            name = f"{job.engine} {job.subject}".strip()
+            bar.update(tasks[job], description=f"{name} {where} {event.at}{count}")
+        if job.invariants and done.get(job, 0) == len(job.invariants):
+            bar.update(tasks[job], visible=False)
+
+    with bar:
+        yield listen
+
+
+if __name__ == "__main__":
+    main()

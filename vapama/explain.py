@@ -1,0 +1,117 @@
+"""Walks as a person reads them: each level, index, entry and its bits, where and why it stopped."""
+
+from collections.abc import Iterator
+
+from vapama.spec import paging
+from vapama.spec.access import Access
+from vapama.spec.cpu import Cpu
+from vapama.spec.memory import Memory
+from vapama.spec.outcomes import (
+    PK,
+    RSVD,
+    I,
+    NonCanonical,
+    Outcome,
+    OutsideMemory,
+    P,
+    PageFault,
+    Translated,
+    U,
+    W,
+)
+from vapama.spec.words import is_canonical
+
+STRUCTURES = {5: "PML5E", 4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
+SIZES = {1: "4 KBytes", 2: "2 MBytes", 3: "1 GByte"}
+ERROR_BITS = ((P, "P"), (W, "W"), (U, "U"), (RSVD, "RSVD"), (I, "I"), (PK, "PK"))
+ENTRY_BITS = (
+    (paging.PRESENT, "P"),
+    (paging.WRITABLE, "W"),
+    (paging.USER, "U"),
+    (paging.WRITE_THROUGH, "PWT"),
+    (paging.CACHE_DISABLE, "PCD"),
+    (paging.ACCESSED, "A"),
+    (paging.DIRTY, "D"),
+    (paging.PAGE_SIZE, "PS"),
+    (paging.GLOBAL, "G"),
+    (paging.EXECUTE_DISABLE, "XD"),
+)
+
+
+def explain_access(cpu: Cpu, memory: Memory, access: Access) -> Iterator[str]:
+    """The walk of one access, line by line, from its control state to its outcome."""
+    yield f"access   {describe_access(access)}"
+    yield f"control  {describe_cpu(cpu)}"
+    if not is_canonical(access.address, paging.address_width(cpu.levels)):
+        yield f"         not canonical with {paging.address_width(cpu.levels)}-bit addresses"
+    else:
+        yield f"CR3      {cpu.cr3:#x}: the root table is at {cpu.cr3 & paging.FRAME:#x}"
+        for step in paging.path(cpu, memory, access.address):
+            yield _describe_step(cpu, access, step)
+    yield f"outcome  {describe_outcome(paging.translate(cpu, memory, access))}"
+
+
+def describe_access(access: Access) -> str:
+    """An access in words."""
+    what = "write" if access.write else "fetch" if access.fetch else "read"
+    who = "user" if access.user else "implicit supervisor" if access.implicit else "supervisor"
+    return f"{who} {what} at {access.address:#018x}"
+
+
+def describe_cpu(cpu: Cpu) -> str:
+    """The control state that matters to a walk, in words."""
+    on = [
+        name
+        for name, value in (
+            ("CR0.WP", cpu.wp),
+            ("CR4.SMEP", cpu.smep),
+            ("CR4.SMAP", cpu.smap),
+            ("RFLAGS.AC", cpu.ac),
+            ("EFER.NXE", cpu.nxe),
+            (f"CR4.PKE (PKRU {cpu.pkru:#x})", cpu.pke),
+            (f"CR4.PKS (IA32_PKRS {cpu.pkrs:#x})", cpu.pks),
+            ("1-GByte pages", cpu.page1gb),
+        )
+        if value
+    ]
+    return f"{cpu.levels}-level paging, MAXPHYADDR {cpu.maxphyaddr}, {', '.join(on) or 'no more'}"
+
+
+def describe_outcome(outcome: Outcome) -> str:
+    """An outcome in words."""
+    match outcome:
+        case Translated(pa, level, updates):
+            size = f", a page of {SIZES[level]}" if level in SIZES else ""
+            marks = ", ".join(f"{_bits(u.bits)} at {u.address:#x}" for u in updates)
+            return f"translated to {pa:#x}{size}" + (f"; sets {marks}" if marks else "")
+        case PageFault(code, updates, open_bits):
+            names = [name for bit, name in ERROR_BITS if code & bit]
+            text = f"#PF, error code {code:#x} ({' '.join(names) or 'no bits'})"
+            if open_bits:
+                text += f", of which {open_bits:#x} is undecided by the manuals"
+            marks = ", ".join(f"{_bits(u.bits)} at {u.address:#x}" for u in updates)
+            return text + (f"; may have set {marks}" if marks else "")
+        case OutsideMemory(address):
+            return f"the walk needs the entry at {address:#x}, outside memory"
+        case NonCanonical():
+            return "#GP(0): the address is not canonical"
+
+
+def _describe_step(cpu: Cpu, access: Access, step: paging.Step) -> str:
+    level, address, entry = step
+    index = (access.address >> (12 + 9 * (level - 1))) & 0x1FF
+    text = f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#018x}  {_bits(entry)}"
+    if not entry & paging.PRESENT:
+        return text + "  <- not present: stops here"
+    reserved = entry & (paging.reserved_anywhere(cpu) | paging.reserved_at(cpu, entry, level))
+    if reserved:
+        return text + f"  <- reserved bits {reserved:#x} are set: stops here"
+    if paging.maps_a_page(entry, level):
+        page = entry & paging.FRAME & ~paging.page_offset(level)
+        key = f", key {entry >> 59 & 0xF}" if cpu.pke | cpu.pks else ""
+        return text + f"  -> page of {SIZES[level]} at {page:#x}{key}"
+    return text + f"  -> table at {entry & paging.FRAME:#x}"
+
+
+def _bits(entry: int) -> str:
+    return " ".join(name for bit, name in ENTRY_BITS if entry & bit) or "-"

@@ -1,0 +1,157 @@
+"""Cases run again by every engine, and explained."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vapama.case import BadInput, Case, load_case
+from vapama.check import chosen_invariants
+from vapama.explain import describe_outcome, explain_access
+from vapama.fuzz import atheris_engine
+from vapama.fuzz.decoded import ByteDraws
+from vapama.fuzz.exhaustive import Scripted
+from vapama.proofs.prover import replay_pinned
+from vapama.proofs.symbolic import Unfaithful
+from vapama.runs import (
+    Concrete,
+    Guarded,
+    KnownDeparture,
+    Replay,
+    SubjectHung,
+    SubjectRaised,
+    attempt,
+    hang_guard,
+)
+from vapama.snapshot import load_snapshot
+from vapama.spec.access import Access
+from vapama.spec.cpu import Cpu
+from vapama.spec.memory import Image, Memory
+from vapama.spec.nondet import Invariant, Reject
+from vapama.spec.outcomes import Outcome
+from vapama.spec.paging import translate
+from vapama.spec.subject import agree
+from vapama.subjects import load_subject
+from vapama.verdict import EXIT_COUNTEREXAMPLE, EXIT_HELD, EXIT_UNDECIDED
+
+FAILS, HOLDS, SAYS_NOTHING = "fails", "holds", "says nothing"
+HANG_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine's replay of a Case came to."""
+
+    what: str
+    text: str
+
+
+def replay_everywhere(path: Path, subject_name: str | None = None) -> dict[str, Answer]:
+    """A Case replayed by each engine: from its values, from the bytes that the fuzzers decode,
+    along the exhaustive engine's choices, and on the symbolic engine with its draws pinned.
+    """
+    case, invariant, subject = _load(path, subject_name)
+    narrow = subject.capabilities.narrow
+    data = atheris_engine.encoded(invariant, case, subject)
+    runs: dict[str, Concrete] = {
+        "hypothesis": Replay(case.values(), narrow),
+        "atheris": ByteDraws(data, narrow),
+        "exhaustive": Scripted(case.values(), narrow),
+    }
+    answers = {engine: _concrete(invariant, run, subject) for engine, run in runs.items()}
+    if subject.capabilities.symbolic:
+        answers["z3"] = _symbolic(invariant, subject, case)
+    return answers
+
+
+def status(answers: dict[str, Answer]) -> int:
+    """1 if the Case fails on any engine, 0 if it holds on all, else 3."""
+    what = {answer.what for answer in answers.values()}
+    if FAILS in what:
+        return EXIT_COUNTEREXAMPLE
+    return EXIT_HELD if what == {HOLDS} else EXIT_UNDECIDED
+
+
+def _load(path: Path, subject_name: str | None) -> tuple[Case, Invariant, Guarded]:
+    case = load_case(path)
+    (invariant,) = chosen_invariants([case.invariant])
+    return case, invariant, load_subject(subject_name or case.subject)
+
+
+def _concrete(invariant: Invariant, run: Concrete, subject: Guarded) -> Answer:
+    try:
+        with hang_guard(HANG_SECONDS):
+            failure = attempt(invariant, run, subject)
+    except Reject:
+        return Answer(SAYS_NOTHING, "says nothing: the Case breaks an assumption")
+    except KnownDeparture as departure:
+        return Answer(HOLDS, f"holds but for a known departure: {departure}")
+    if failure is None:
+        return Answer(HOLDS, "holds")
+    return Answer(FAILS, f"fails: {failure.message}")
+
+
+def _symbolic(invariant: Invariant, subject: Guarded, case: Case) -> Answer:
+    try:
+        failure = replay_pinned(invariant, subject, case)
+    except Reject:
+        return Answer(SAYS_NOTHING, "says nothing: the Case breaks an assumption")
+    except Unfaithful as error:
+        return Answer(FAILS, f"fails: {error}")
+    except (SubjectRaised, SubjectHung) as error:
+        return Answer(FAILS, f"fails: the subject raised {error}")
+    return Answer(HOLDS, "holds") if failure is None else Answer(FAILS, f"fails: {failure}")
+
+
+class Recorded(Guarded):
+    """A subject that keeps each call and its outcome."""
+
+    def __init__(self, guarded: Guarded) -> None:
+        super().__init__(guarded.name, guarded.subject)
+        self.recorded: list[tuple[Cpu, Memory, Access, Outcome]] = []
+
+    def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
+        """The subject's outcome, kept."""
+        outcome = super().translate(cpu, memory, access)
+        self.recorded.append((cpu, memory, access, outcome))
+        return outcome
+
+
+def explain_case(path: Path, subject_name: str | None = None) -> Iterator[str]:
+    """What a Case does: each access of the subject as a walk, and what the invariant says."""
+    case, invariant, guarded = _load(path, subject_name)
+    subject = Recorded(guarded)
+    yield f"{invariant.title} ({invariant.source})"
+    yield f"subject {subject.name}; found by {case.engine}"
+    answer = _concrete(invariant, Replay(case.values(), subject.capabilities.narrow), subject)
+    for number, (cpu, memory, access, observed) in enumerate(subject.recorded, 1):
+        yield ""
+        if len(subject.recorded) > 1:
+            yield f"access {number} of {len(subject.recorded)}"
+        yield from explain_access(cpu, memory, access)
+        expected = translate(cpu, memory, access)
+        if agree(expected, observed, memory, subject.capabilities):
+            yield f"         {subject.name} agrees"
+        else:
+            yield f"subject  {describe_outcome(observed)}   <- not what the reference allows"
+    yield ""
+    yield f"the claim {answer.text}"
+
+
+def explain_addresses(
+    path: Path, addresses: list[str], *, write: bool, fetch: bool, user: bool
+) -> Iterator[str]:
+    """The walks of linear addresses in a snapshot. Raises `BadInput`."""
+    numbers = []
+    for text in addresses:
+        try:
+            number = int(text, 0)
+        except ValueError:
+            number = -1
+        if not 0 <= number < 1 << 64:
+            raise BadInput(f"{text}: not a linear address: give a number such as 0x7fff12345000")
+        numbers.append(number)
+    guest = load_snapshot(path)
+    memory = Image(memoryview(guest.image))
+    for number in numbers:
+        access = Access(number, write=int(write), fetch=int(fetch), user=int(user))
+        yield from explain_access(guest.cpu, memory, access)

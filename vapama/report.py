@@ -1,0 +1,170 @@
+"""Reports: one table and one line of verdict for people, JSON and JUnit for machines."""
+
+import io
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from vapama.check import Report
+from vapama.verdict import COUNTEREXAMPLE, HELD, NOT_APPLICABLE, PROVED, UNDECIDED, Verdict
+
+STYLES = {
+    PROVED: "bold green",
+    HELD: "green",
+    COUNTEREXAMPLE: "bold red",
+    UNDECIDED: "yellow",
+    NOT_APPLICABLE: "dim",
+}
+
+
+def column(verdict: Verdict) -> str:
+    """The column of a verdict: its engine, or the subject where that is the point."""
+    other = verdict.subject in ("compiled", "unicorn") and verdict.engine == "random"
+    return verdict.subject if other else verdict.engine
+
+
+def cell(verdict: Verdict) -> str:
+    """A verdict in a few characters."""
+    text = {
+        PROVED: f"proved {verdict.executions}",
+        HELD: f"held {_short(verdict.executions)}",
+        COUNTEREXAMPLE: "COUNTEREX.",
+        UNDECIDED: "undecided",
+        NOT_APPLICABLE: "-",
+    }[verdict.status]
+    return f"[{STYLES[verdict.status]}]{text}[/]"
+
+
+def _short(number: int) -> str:
+    for size, letter in ((1_000_000, "M"), (1_000, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
+
+
+def table(report: Report) -> Table:
+    """Invariants by engines."""
+    columns = list(dict.fromkeys(column(v) for v in report.verdicts))
+    order = ["z3", "exhaustive", "random", "hypothesis", "atheris", "compiled", "unicorn"]
+    columns.sort(key=lambda c: order.index(c) if c in order else len(order))
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column("invariant", overflow="fold")
+    for name in columns:
+        shown.add_column(name, no_wrap=True)
+    for invariant in dict.fromkeys(v.invariant for v in report.verdicts):
+        found = {column(v): v for v in report.verdicts if v.invariant == invariant}
+        cells = [cell(found[c]) if c in found else "" for c in columns]
+        shown.add_row(invariant.replace("_", " "), *cells)
+    return shown
+
+
+def print_report(report: Report, console: Console, saved: dict[int, Path]) -> None:
+    """The table, what is behind its cells where it matters, and the verdict."""
+    if report.verdicts:
+        console.print(table(report))
+    for agreed in report.agreements:
+        style = "green" if agreed.good else "bold red"
+        console.print(
+            f"real guest, {agreed.what}: [{style}]{agreed.right:,} of {agreed.total:,}[/] agree"
+        )
+        if agreed.first_difference:
+            console.print(f"  first difference: {agreed.first_difference}")
+    if report.coverage:
+        console.print(f"atheris coverage: {report.coverage}")
+    for name, count in known_departures(report).items():
+        console.print(f"known departure, {name}: {count:,} cases")
+    for name, why in report.skipped.items():
+        console.print(f"[yellow]skipped[/] {name}: {why}")
+    for verdict in report.verdicts:
+        if verdict.status == UNDECIDED:
+            console.print(
+                f"[yellow]undecided[/] {verdict.invariant} ({column(verdict)}): {verdict.why}",
+                soft_wrap=True,
+            )
+    for verdict in report.counterexamples:
+        console.print(
+            f"[bold red]counterexample[/] {verdict.invariant} ({column(verdict)}): {verdict.why}",
+            soft_wrap=True,
+        )
+        if id(verdict) in saved:
+            console.print(f"  replay it: vapama explain {saved[id(verdict)]}", soft_wrap=True)
+    console.print(verdict_line(report), soft_wrap=True)
+
+
+def known_departures(report: Report) -> dict[str, int]:
+    """How often each known departure of a subject was seen."""
+    counts: dict[str, int] = {}
+    for verdict in report.verdicts:
+        for name, count in verdict.known.items():
+            key = f"{verdict.subject} {name}"
+            counts[key] = counts.get(key, 0) + count
+    return counts
+
+
+def verdict_line(report: Report) -> str:
+    """One line that says it all."""
+    by_status: dict[str, int] = {}
+    for v in report.verdicts:
+        by_status[v.status] = by_status.get(v.status, 0) + 1
+    invariants = len({v.invariant for v in report.verdicts})
+    counted = ", ".join(
+        f"{by_status[s]} {s}" for s in (PROVED, HELD, UNDECIDED, COUNTEREXAMPLE) if s in by_status
+    )
+    wrong = sum(agreed.total - agreed.right for agreed in report.agreements)
+    what = f"{invariants} invariants at budget {report.budget.name}: {counted or 'nothing run'}"
+    if report.agreements:
+        what += f"; real guest: {wrong} differences" if wrong else "; real guest agrees"
+    return {
+        0: f"[bold green]ALL HELD[/] {what}",
+        1: f"[bold red]COUNTEREXAMPLE[/] {what}",
+    }.get(report.status, f"[bold yellow]UNDECIDED[/] {what}")
+
+
+def as_json(report: Report) -> bytes:
+    """The report as JSON."""
+    content: dict[str, Any] = {
+        "format": "vapama-report",
+        "version": 1,
+        "budget": report.budget.name,
+        "exit_status": report.status,
+        "verdicts": report.verdicts,
+        "real_guest": report.agreements,
+        "skipped": report.skipped,
+        "coverage": report.coverage,
+    }
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
+
+
+def write_junit(report: Report, path: Path) -> None:
+    """The report as JUnit XML: a test case for each invariant and engine."""
+    suite = ET.Element("testsuite", name="vapama", tests=str(len(report.verdicts)))
+    for v in report.verdicts:
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            classname=f"{v.subject}.{v.engine}",
+            name=v.invariant,
+            time=f"{v.seconds:.3f}",
+        )
+        if v.status == COUNTEREXAMPLE:
+            ET.SubElement(case, "failure", message=v.why)
+        elif v.status == UNDECIDED:
+            ET.SubElement(case, "error", message=v.why)
+        elif v.status == NOT_APPLICABLE:
+            ET.SubElement(case, "skipped", message=v.why)
+    for agreed in report.agreements:
+        case = ET.SubElement(suite, "testcase", classname="real guest", name=agreed.what)
+        if not agreed.good:
+            ET.SubElement(case, "failure", message=agreed.first_difference or "nothing compared")
+    ET.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def write_html(report: Report, path: Path) -> None:
+    """The report as one HTML page: what the terminal shows."""
+    page = Console(record=True, width=160, file=io.StringIO(), highlight=False)
+    print_report(report, page, {})
+    path.write_text(page.export_html(inline_styles=True), encoding="utf-8")
