@@ -4,6 +4,7 @@ libFuzzer owns the process it runs in (`atheris_target`), so this side starts it
 tells, and starts it again without an invariant that failed, until the time is up.
 """
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -13,10 +14,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from vapama.case import Case
-from vapama.fuzz.decoded import ByteDraws, Encoder
+from vapama.fuzz.decoded import ByteDraws, Encoder, addressed, picked
 from vapama.fuzz.random_engine import conclude
 from vapama.runs import Guarded, KnownDeparture, SubjectHung, attempt, hang_guard
 from vapama.spec.nondet import Invariant, Reject
@@ -25,6 +27,7 @@ from vapama.verdict import COUNTEREXAMPLE, HELD, NOT_APPLICABLE, UNDECIDED, Verd
 ENGINE = "atheris"
 LONGEST = 300
 """Bytes of an input; a run decodes at most about so many."""
+RANDOM_SEEDS = 100
 ENDED_BY_TIME, FAILED, HUNG = 0, 77, 70
 Progress = Callable[[int], None]
 
@@ -55,7 +58,7 @@ class Campaign:
         self.failed: dict[str, tuple[str, list[tuple[str, int]]]] = {}
         self.known: dict[str, int] = {}
         self.coverage = ""
-        self.spent = 0.0
+        self.spent = self.fuzzed = self.told_seconds = 0.0
         self.trouble = ""
 
     def run(self, progress: Progress = lambda executions: None) -> list[Verdict]:
@@ -107,6 +110,7 @@ class Campaign:
                     process.wait()
         self._listen(out, told, before)
         self.spent += time.monotonic() - start
+        self.fuzzed += self.told_seconds
         text = log.read_text(errors="replace")
         covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", text)
         if covered:
@@ -137,20 +141,19 @@ class Campaign:
             self.runs[name] = before[name] + count
         for name, labels in event["reached"].items():
             self.reached[name] |= set(labels)
-        self.known = event["known"]
+        self.known, self.told_seconds = event["known"], event["seconds"]
 
     def _hung(self, invariants: list[Invariant]) -> None:
         """The input that hung, run again under an alarm to learn its draws."""
         for artifact in self.scratch.glob("timeout-*"):
             data = artifact.read_bytes()
-            invariant = invariants[data[0] % len(invariants) if data else 0]
+            invariant = invariants[picked(data, len(invariants))]
             nondet = ByteDraws(data, self.subject.capabilities.narrow)
-            nondet.at = 1
-            try:
-                with hang_guard(self.hang_seconds):
-                    attempt(invariant, nondet, self.subject)
-            except (Reject, KnownDeparture, SubjectHung):
-                pass
+            with (
+                contextlib.suppress(Reject, KnownDeparture, SubjectHung),
+                hang_guard(self.hang_seconds),
+            ):
+                attempt(invariant, nondet, self.subject)
             why = f"the subject hung: no result within {self.hang_seconds:g} s"
             self.failed[invariant.name] = why, nondet.draws()
             artifact.unlink()
@@ -162,7 +165,7 @@ class Campaign:
             engine=ENGINE,
             subject=self.subject.name,
             status=HELD,
-            seconds=self.spent / len(self.invariants),
+            seconds=self.fuzzed / len(self.invariants),
             executions=runs,
             detail=f"{runs:,} runs",
             known=self.known,
@@ -216,20 +219,23 @@ def _not_run(invariant: Invariant, subject: Guarded, reason: str) -> Verdict:
 def plant(
     corpus: Path, invariants: list[Invariant], subject: Guarded, seeds: Iterable[Case]
 ) -> None:
-    """Write Cases into a corpus as the bytes that decode to them."""
-    by_name = {invariant.name: i for i, invariant in enumerate(invariants)}
+    """Begin a corpus: with random inputs, if it is empty, and with Cases as the bytes that decode
+    to them. (From an empty input libFuzzer takes long to find its way through five levels.)"""
+    if not any(corpus.iterdir()):
+        random = Random(0)
+        for number in range(RANDOM_SEEDS):
+            (corpus / f"random-{number}").write_bytes(random.randbytes(LONGEST))
+    names = [invariant.name for invariant in invariants]
     for number, case in enumerate(seeds):
-        if case.invariant in by_name:
-            which = by_name[case.invariant]
+        if case.invariant in names:
+            which = names.index(case.invariant)
             data = encoded(invariants[which], case, subject)
-            (corpus / f"case-{number}").write_bytes(bytes([which]) + data)
+            (corpus / f"case-{number}").write_bytes(addressed(data, which, len(names)))
 
 
 def encoded(invariant: Invariant, case: Case, subject: Guarded) -> bytes:
     """The bytes from which `ByteDraws` decodes the Case's draws."""
     encoder = Encoder(case.values(), subject.capabilities.narrow)
-    try:
+    with contextlib.suppress(Reject, KnownDeparture):
         attempt(invariant, encoder, subject)
-    except (Reject, KnownDeparture):
-        pass
     return bytes(encoder.encoded)

@@ -1,7 +1,7 @@
-"""The process that libFuzzer runs in: ``python -m vapama.fuzz.atheris_target JOB [libFuzzer flags]``.
+"""The process that libFuzzer runs in: ``python -m vapama.fuzz.atheris_target JOB [FLAGS]``.
 
 It instruments the reference walk and the subject's kernels, and runs invariants on draws decoded
-straight from libFuzzer's bytes; the first byte picks the invariant. It tells its parent what
+straight from libFuzzer's bytes; a checksum of the bytes picks the invariant. It tells its parent what
 happens as JSON lines in the file that the job names. libFuzzer never returns: this process ends by
 its time limit, or at the first failure with status 77.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import atheris
 
-from vapama.fuzz.decoded import ByteDraws
+from vapama.fuzz.decoded import ByteDraws, picked
 from vapama.runs import KnownDeparture, attempt
 from vapama.spec import paging
 from vapama.spec.nondet import Reject, load_invariants
@@ -32,16 +32,10 @@ class Target:
     def __init__(self, job: dict[str, Any]) -> None:
         registry = load_invariants()
         self.subject = load_subject(job["subject"])
-        # Compiled kernels cannot be seen into, and their source is compiled as it is.
-        plain = self.subject.capabilities.symbolic
-        _instrument(
-            paging,
-            *(
-                [self.subject.subject.kernels]
-                if plain and hasattr(self.subject.subject, "kernels")
-                else []
-            ),
-        )
+        # libFuzzer looks for new branches of what is under test: the subject's own kernels where
+        # they are Python, else the reference, which branches on the same things.
+        kernels = getattr(self.subject.subject, "kernels", None)
+        _instrument(kernels if kernels and self.subject.capabilities.symbolic else paging)
         self.invariants = [registry[name] for name in job["invariants"]]
         self.narrow = self.subject.capabilities.narrow
         self.out = open(job["out"], "a", buffering=1)  # noqa: SIM115  (until the process ends)
@@ -52,11 +46,10 @@ class Target:
         self.start = time.monotonic()
 
     def __call__(self, data: bytes) -> None:
-        """Run the invariant that the first byte picks on what the others decode to."""
-        which = data[0] % len(self.invariants) if data else 0
+        """Run the invariant that the input picks on what it decodes to."""
+        which = picked(data, len(self.invariants))
         invariant = self.invariants[which]
         nondet = ByteDraws(data, self.narrow)
-        nondet.at = 1
         nondet.reached = self.reached[invariant.name]
         self.runs[which] += 1
         self.total += 1
@@ -91,16 +84,15 @@ class Target:
         self.out.write(json.dumps(event) + "\n")
 
 
-def _instrument(*modules: object) -> None:
-    """Make libFuzzer see the branches and comparisons of these modules' functions.
+def _instrument(module: object) -> None:
+    """Make libFuzzer see the branches and comparisons of a module's functions.
 
     Function by function and in place: instrumenting imports would take in every module of the
     package, the decoder too, and cost half of the speed.
     """
-    for module in modules:
-        for function in vars(module).values():
-            if isinstance(function, types.FunctionType) and not function.__closure__:
-                atheris.instrument_func(function)
+    for function in vars(module).values():
+        if isinstance(function, types.FunctionType) and not function.__closure__:
+            atheris.instrument_func(function)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 A process of its own, so that the sources are measured from their import on.
 """
 
+import contextlib
 import io
 import json
 import sys
@@ -18,7 +19,7 @@ def main() -> None:
     measured = coverage.Coverage(branch=True, include=list(sources), data_file=None)
     measured.start()
     # Imported while measuring: definitions are lines too.
-    from vapama.fuzz.decoded import ByteDraws
+    from vapama.fuzz.decoded import ByteDraws, picked
     from vapama.runs import KnownDeparture, attempt
     from vapama.spec.nondet import Reject, load_invariants
     from vapama.subjects import load_subject
@@ -29,11 +30,8 @@ def main() -> None:
     for path in sorted(Path(job["corpus"]).iterdir()):
         data = path.read_bytes()
         nondet = ByteDraws(data, subject.capabilities.narrow)
-        nondet.at = 1
-        try:
-            attempt(invariants[data[0] % len(invariants) if data else 0], nondet, subject)
-        except (Reject, KnownDeparture):
-            pass
+        with contextlib.suppress(Reject, KnownDeparture):
+            attempt(invariants[picked(data, len(invariants))], nondet, subject)
     measured.stop()
     print(json.dumps(_summary(measured)))
 

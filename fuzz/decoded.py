@@ -4,12 +4,13 @@ One decoder serves both, so that what the random engine can reach, the fuzzer ca
 can be turned into bytes: a seed for the fuzzer's corpus.
 """
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from vapama.runs import Concrete, DrawName, recorded
 from vapama.spec import domains
-from vapama.spec.domains import Domain, Take
+from vapama.spec.domains import Domain
 
 decode_entry = domains.ENTRY.decode
 
@@ -21,42 +22,47 @@ class Decoded(Concrete):
 
     def __init__(self, narrow: Mapping[str, Domain] | None = None) -> None:
         super().__init__(narrow)
-        self._decoders: dict[int, tuple[list[str], list[Callable[[Take], int]]]] = {}
+        self._groups: dict[int, Group] = {}
 
     def draw(self, name: DrawName, domain: Domain) -> int:
         """A value decoded by the domain."""
-        return domain.decode(self.take)
-
-    # The rest is as in `Concrete`, with fewer calls: this is where random runs spend their time.
-
-    def words(self, draws: Sequence[tuple[str, Domain]]) -> list[int]:
-        """Decoded words."""
-        found = self._decoders.get(id(draws))
-        if found is None:
-            narrowed = [self.narrow.get(name, domain) for name, domain in draws]
-            found = [name for name, _ in draws], [domain.decode for domain in narrowed]
-            self._decoders[id(draws)] = found
-        names, decoders = found
-        take = self.take
-        values = [decode(take) for decode in decoders]
-        self.trail.extend(zip(names, values, strict=True))
-        return values
-
-    def word(self, name: str, domain: Domain = domains.ANY) -> int:
-        """A decoded word."""
-        value = self.narrow.get(name, domain).decode(self.take)
-        self.trail.append((name, value))
-        return value
-
-    def entry(self, memory: str, address: int) -> int:
-        """A decoded entry of a memory."""
-        value = decode_entry(self.take)
-        self.trail.append(((memory, address), value))
-        return value
+        return domain.decode(self.take(domain.raw_bytes))
 
     def choose(self, name: str, count: int) -> int:
         """An index from two bytes."""
         return self.take(2) % count
+
+    # The rest is as in `Concrete`, with fewer calls: this is where random runs spend their time.
+
+    def words(self, draws: Sequence[tuple[str, Domain]]) -> list[int]:
+        """Decoded words, from one `take` for all of them."""
+        group = self._groups.get(id(draws))
+        if group is None:
+            group = self._groups[id(draws)] = Group(draws, self.narrow)
+        raw = self.take(group.raw_bytes)
+        values = [decode(raw >> shift) for decode, shift in group.decoders]
+        self.trail.extend(zip(group.names, values))  # noqa: B905  (as long as each other)
+        return values
+
+    def entry(self, memory: str, address: int) -> int:
+        """A decoded entry of a memory."""
+        value = decode_entry(self.take(16))
+        self.trail.append(((memory, address), value))
+        return value
+
+
+class Group:
+    """Several draws decoded together: their names, and decoders with the place of their bytes."""
+
+    def __init__(self, draws: Sequence[tuple[str, Domain]], narrow: Mapping[str, Domain]) -> None:
+        self.draws = draws
+        self.names = [name for name, _ in draws]
+        self.decoders = []
+        self.raw_bytes = 0
+        for name, domain in draws:
+            narrowed = narrow.get(name, domain)
+            self.decoders.append((narrowed.decode, self.raw_bytes << 3))
+            self.raw_bytes += narrowed.raw_bytes
 
 
 class RandomDraws(Decoded):
@@ -73,14 +79,29 @@ class ByteDraws(Decoded):
 
     def __init__(self, data: bytes, narrow: Mapping[str, Domain] | None = None) -> None:
         super().__init__(narrow)
-        self.data = data
-        self.at = 0
+        at = 0
 
-    def take(self, count: int) -> int:  # type: ignore[override]
-        """The next `count` bytes, little-endian."""
-        start = self.at
-        self.at = end = start + count
-        return int.from_bytes(self.data[start:end], "little")
+        def take(count: int) -> int:
+            nonlocal at
+            start = at
+            at = end = start + count
+            return int.from_bytes(data[start:end], "little")
+
+        self.take = take
+
+
+def picked(data: bytes, count: int) -> int:
+    """Which of `count` invariants a fuzzer's input is for: evenly spread, and fixed for an input."""
+    return zlib.crc32(data) % count
+
+
+def addressed(data: bytes, which: int, count: int) -> bytes:
+    """The input with a few bytes added that no draw reads, so that invariant `which` is picked."""
+    for filler in range(1 << 16):
+        candidate = data + filler.to_bytes(2, "little")
+        if picked(candidate, count) == which:
+            return candidate
+    raise AssertionError("two bytes reach every value of a checksum modulo a small count")
 
 
 class Encoder(Concrete):

@@ -138,6 +138,9 @@ class Compiled:
         self._translate_many = compiled(kernels.translate_many)
         self._image = np.zeros(0, dtype=np.uint64)
         self._path = np.zeros(6, dtype=np.uint64)
+        # Compile now, so that the first case does not wait for it.
+        cpu = Cpu(cr0=1 << 31 | 1, cr3=0, cr4=1 << 5, efer=1 << 8 | 1 << 10)
+        self.translate(cpu, Sparse({0: 0}, 4096), Access(0))
 
     def translate(self, cpu: Cpu, memory: Sparse, access: Access) -> Outcome:
         """The outcome of the compiled walk, with the flags that it set in memory."""

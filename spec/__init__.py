@@ -1,0 +1,1 @@
+"""What must hold: an executable reference that reads like the manual."""

@@ -33,11 +33,8 @@ from vapama.spec.cpu import (
 )
 from vapama.spec.words import WORD, Word
 
-Take = Callable[[int], int]
-"""A source of raw choices: an unsigned integer of so many bytes."""
-
 ESCAPE = 0xFF
-"""The first raw byte that makes a biased domain take its value from the next 8 bytes, as it is."""
+"""The first raw byte that makes a biased domain take its value as it is from 8 further bytes."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,15 @@ class Domain:
     among: tuple[Word, ...] = ()
     bias: Callable[[int], Word] | None = None
     scope: tuple[Word, ...] = ()
-    decode: Callable[[Take], Word] = field(init=False, repr=False, compare=False)
-    """A value, from raw choices."""
+    raw_bytes: int = field(init=False, repr=False, compare=False)
+    """How many raw bytes a value is decoded from."""
+    decode: Callable[[int], Word] = field(init=False, repr=False, compare=False)
+    """A value, from the low `raw_bytes` of an int; what stands above them does not count."""
 
     def __post_init__(self) -> None:
         # A closure of its own for each domain: decoding is what random runs spend most time on.
+        size = 1 if self.among else 16 if self.bias else (self.free.bit_length() + 7) >> 3
+        object.__setattr__(self, "raw_bytes", size)
         object.__setattr__(self, "decode", _decoder(self))
 
     def holds(self, value: Word) -> bool:
@@ -67,12 +68,12 @@ class Domain:
         return value & ~self.free == self.fixed & ~self.free and value & self.fixed == self.fixed
 
     def encode(self, value: Word) -> bytes:
-        """Raw choices that decode to `value`, a value of the domain."""
+        """Raw bytes that decode to `value`, a value of the domain."""
         if self.among:
             return bytes([self.among.index(value)])
-        if self.bias is None:
-            return (value & self.free).to_bytes(_bytes_of(self.free), "little")
-        return bytes([ESCAPE] * 8) + value.to_bytes(8, "little")
+        if self.bias is not None:
+            return bytes([ESCAPE] * 8) + value.to_bytes(8, "little")
+        return (value & self.free).to_bytes(self.raw_bytes, "little")
 
     def representatives(self, width: int | None = None) -> tuple[Word, ...]:
         """A few values for an exhaustive scope; of a long `scope`, the first `width`."""
@@ -80,31 +81,21 @@ class Domain:
         return self.scope[:width] or self.among or corners
 
 
-def _bytes_of(free: Word) -> int:
-    return (free.bit_length() + 7) >> 3
-
-
-def _decoder(domain: Domain) -> Callable[[Take], Word]:
+def _decoder(domain: Domain) -> Callable[[int], Word]:
     free, fixed, among, bias = domain.free, domain.fixed, domain.among, domain.bias
     if among:
         count = len(among)
-        return lambda take: among[take(1) % count]
+        return lambda raw: among[(raw & 0xFF) % count]
     if bias is None:
-        size = _bytes_of(free)
-        return lambda take: fixed | take(size) & free
-
-    def biased(take: Take) -> Word:
-        raw = take(8)
-        return bias(raw) if raw & 0xFF != ESCAPE else fixed | take(8) & free
-
-    return biased
+        return lambda raw: fixed | raw & free
+    return lambda raw: bias(raw & WORD) if raw & 0xFF != ESCAPE else fixed | raw >> 64 & free
 
 
 FRAMES = 16
 """Biased memories hold this many frames, so that tables alias and reference themselves."""
 
 
-def _entry(raw: int) -> Word:
+def entry_of(raw: int) -> Word:
     """A paging-structure entry: mostly present and permissive, in a small pool of frames.
 
     Raw bits: 7:0 what kind, 19:8 low bits of the entry, 23:20 frame, 35:24 high bits of the entry,
@@ -151,13 +142,13 @@ def _cr3(raw: int) -> Word:
 
 def _keys(raw: int) -> Word:
     """Rights of the 16 keys, most of them not disabled."""
-    return raw >> 8 & raw >> 32 & 0xFFFFFFFF
+    return (raw >> 8 | raw >> 16) & raw >> 32 & 0xFFFFFFFF
 
 
 ANY = Domain()
 FLAG = Domain(free=1, scope=(0, 1))
 ENTRY = Domain(
-    bias=_entry,
+    bias=entry_of,
     scope=(
         0x1007 | 2 << 59,  # writable, user, key 2; a table that references itself
         0,

@@ -1,0 +1,1 @@
+"""vapama: is my address translation right?"""

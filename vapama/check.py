@@ -159,6 +159,8 @@ def check(
         listener(job, event)
 
     run_jobs(jobs, hear)
+    order = {name: place for place, name in enumerate(load_invariants())}
+    report.verdicts.sort(key=lambda verdict: order[verdict.invariant])
     return report
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vapama.check import Report
 from vapama.verdict import COUNTEREXAMPLE, HELD, NOT_APPLICABLE, PROVED, UNDECIDED, Verdict
@@ -28,12 +29,12 @@ def column(verdict: Verdict) -> str:
 
 
 def cell(verdict: Verdict) -> str:
-    """A verdict in a few characters."""
+    """A verdict in a few characters: proved, how many runs held, or what is wrong."""
     text = {
-        PROVED: f"proved {verdict.executions}",
-        HELD: f"held {_short(verdict.executions)}",
-        COUNTEREXAMPLE: "COUNTEREX.",
-        UNDECIDED: "undecided",
+        PROVED: "proved",
+        HELD: _short(verdict.executions),
+        COUNTEREXAMPLE: "FAILS",
+        UNDECIDED: "?",
         NOT_APPLICABLE: "-",
     }[verdict.status]
     return f"[{STYLES[verdict.status]}]{text}[/]"
@@ -46,26 +47,52 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def table(report: Report) -> Table:
-    """Invariants by engines."""
-    columns = list(dict.fromkeys(column(v) for v in report.verdicts))
-    order = ["z3", "exhaustive", "random", "hypothesis", "atheris", "compiled", "unicorn"]
-    columns.sort(key=lambda c: order.index(c) if c in order else len(order))
+COLUMNS = ("z3", "exhaustive", "random", "hypothesis", "atheris", "compiled", "unicorn")
+WIDE = 130
+"""Columns of a terminal from which on an invariant and its verdicts fit on one line."""
+
+
+def table(report: Report, width: int) -> Table:
+    """Invariants by engines: proved, or in how many runs the claim held."""
+    found = {(v.invariant, column(v)): v for v in report.verdicts}
+    names = [c for c in COLUMNS if any(c == seen for _, seen in found)]
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column("invariant", overflow="fold")
-    for name in columns:
-        shown.add_column(name, no_wrap=True)
+    wide = width >= WIDE
+    shown.add_column("invariant" if wide else "", no_wrap=True)
+    for name in names:
+        shown.add_column(name, no_wrap=True, justify="right")
     for invariant in dict.fromkeys(v.invariant for v in report.verdicts):
-        found = {column(v): v for v in report.verdicts if v.invariant == invariant}
-        cells = [cell(found[c]) if c in found else "" for c in columns]
-        shown.add_row(invariant.replace("_", " "), *cells)
+        cells = [cell(found[invariant, c]) if (invariant, c) in found else "" for c in names]
+        shown.add_row(invariant.replace("_", " ") if wide else " ", *cells)
     return shown
+
+
+def print_verdicts(report: Report, console: Console) -> None:
+    """The table; on a narrow terminal each invariant's name stands above its verdicts."""
+    if console.width >= WIDE:
+        console.print(table(report, console.width))
+        return
+    lines = _rendered(table(report, 0), console)
+    console.print(lines[0], markup=True)
+    for invariant, line in zip(
+        dict.fromkeys(v.invariant for v in report.verdicts), lines[1:], strict=True
+    ):
+        console.print(invariant.replace("_", " "))
+        console.print(line)
+
+
+def _rendered(shown: Table, console: Console) -> list[Text]:
+    """The lines of a table, one for each row."""
+    return [
+        Text.assemble(*((segment.text, segment.style or "") for segment in line))
+        for line in console.render_lines(shown, pad=False)
+    ]
 
 
 def print_report(report: Report, console: Console, saved: dict[int, Path]) -> None:
     """The table, what is behind its cells where it matters, and the verdict."""
     if report.verdicts:
-        console.print(table(report))
+        print_verdicts(report, console)
     for agreed in report.agreements:
         style = "green" if agreed.good else "bold red"
         console.print(

@@ -159,12 +159,13 @@ class Guarded:
         self.name, self.subject = name, subject
         self.capabilities: Capabilities = subject.capabilities
         self._translate = subject.translate
+        self._preload = self.capabilities.preload
         self._keep = hasattr(subject, "departure")
         self.calls: list[tuple[Cpu, Memory, Access, Outcome]] = []
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The subject's outcome. Raises `Reject` for a case that it does not cover."""
-        if self.capabilities.preload:
+        if self._preload:
             memory = preloaded(cpu, memory, access)
         try:
             outcome: Outcome = self._translate(cpu, memory, access)

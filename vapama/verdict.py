@@ -65,7 +65,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 BUDGETS = {
     "quick": Budget(
         name="quick",
-        hypothesis_examples=100,
+        hypothesis_examples=300,
         random_seconds=0.25,
         atheris_seconds=6,
         exhaustive_width=5,
