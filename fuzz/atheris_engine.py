@@ -1,7 +1,7 @@
 """The atheris engine: libFuzzer, guided by the branches of the walk, on invariants.
 
-libFuzzer owns the process it runs in (`atheris_target`), so this side starts it, reads what it
-tells, and starts it again without an invariant that failed, until the time is up.
+libFuzzer owns the process it runs in (`vapama.atheris_target`), so this side starts it, reads what
+it tells, and starts it again without an invariant that failed, until the time is up.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class Campaign:
             *([f"-seed={self.seed + 1}"] if self.seed is not None else []),
         ]
         start, before, told = time.monotonic(), dict(self.runs), 0
-        command = [sys.executable, "-m", "vapama.fuzz.atheris_target", json.dumps(job)]
+        command = [sys.executable, "-m", "vapama.atheris_target", json.dumps(job)]
         with log.open("wb") as stderr:
             process = subprocess.Popen(
                 [*command, *flags, str(self.corpus)], stdout=stderr, stderr=stderr
@@ -219,8 +219,10 @@ def _not_run(invariant: Invariant, subject: Guarded, reason: str) -> Verdict:
 def plant(
     corpus: Path, invariants: list[Invariant], subject: Guarded, seeds: Iterable[Case]
 ) -> None:
-    """Begin a corpus: with random inputs, if it is empty, and with Cases as the bytes that decode
-    to them. (From an empty input libFuzzer takes long to find its way through five levels.)"""
+    """Begin a corpus: random inputs, if it is empty, and Cases as the bytes that decode to them.
+
+    From an empty input libFuzzer takes long to find its way through five levels.
+    """
     if not any(corpus.iterdir()):
         random = Random(0)
         for number in range(RANDOM_SEEDS):

@@ -91,7 +91,7 @@ class ByteDraws(Decoded):
 
 
 def picked(data: bytes, count: int) -> int:
-    """Which of `count` invariants a fuzzer's input is for: evenly spread, and fixed for an input."""
+    """Which of `count` invariants a fuzzer's input is for: always the same, evenly spread."""
     return zlib.crc32(data) % count
 
 

@@ -112,8 +112,9 @@ def run(
     hang_seconds: float = 10.0,
     progress: Progress = lambda executions: None,
 ) -> Verdict:
-    """Run every case of the scope, which takes the first `width` representatives of each domain (all
-    of them for None); undecided if there are more than `most_runs` cases.
+    """Run every case of the scope; undecided if there are more than `most_runs`.
+
+    The scope takes the first `width` representatives of each domain, all of them for None.
     """
     start = time.monotonic()
     nondet = Enumeration(subject.capabilities.narrow, width)

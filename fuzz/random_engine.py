@@ -15,6 +15,7 @@ from vapama.verdict import COUNTEREXAMPLE, HELD, UNDECIDED, Verdict
 
 ENGINE = "random"
 BATCH = 256
+PATIENCE = 20
 Progress = Callable[[int], None]
 
 
@@ -26,11 +27,15 @@ def run(
     hang_seconds: float = 10.0,
     progress: Progress = lambda executions: None,
 ) -> Verdict:
-    """Run the invariant for about `seconds`. The same seed draws the same runs in the same order."""
+    """Run the invariant for about `seconds`; the same seed draws the same runs.
+
+    While the runs have not reached all that the invariant is to reach it goes on, up to
+    `PATIENCE` times as long: on a slow machine few runs fit into a short time.
+    """
     search = Search(invariant, subject, seed)
     start = time.monotonic()
     with hang_guard(hang_seconds) as alive:
-        while search.failed is None and time.monotonic() - start < seconds:
+        while search.failed is None and search.wants_more(time.monotonic() - start, seconds):
             search.batch(BATCH)
             alive()
             progress(search.executions)
@@ -49,6 +54,13 @@ class Search:
         self.rejected = 0
         self.known: Counter[str] = Counter()
         self.failed: tuple[str, list[tuple[str, int]]] | None = None
+
+    def wants_more(self, spent: float, seconds: float) -> bool:
+        """Whether to go on after `spent` of `seconds`."""
+        if spent < seconds:
+            return True
+        complete = self.nondet.reached.issuperset(self.invariant.reaches)
+        return not complete and spent < PATIENCE * seconds
 
     def batch(self, count: int) -> None:
         """So many runs, or fewer if one fails."""

@@ -53,11 +53,12 @@ def smtlib(formula: z3.BoolRef) -> str:
     """SMT-LIB text that is unsatisfiable just if `formula` is valid."""
     solver = z3.SolverFor("QF_ABV")
     solver.add(z3.Not(formula))
-    return "(set-logic QF_ABV)\n" + solver.to_smt2()
+    text: str = solver.to_smt2()
+    return "(set-logic QF_ABV)\n" + text
 
 
 def valid_by_z3(formula: z3.BoolRef, rlimit: int = 0) -> str:
-    """ "valid", "not valid" or "unknown", by a fresh z3 solver."""
+    """By a fresh z3 solver: "valid", "not valid" or "unknown"."""
     solver = z3.SimpleSolver()
     if rlimit:
         solver.set("rlimit", rlimit)
@@ -67,7 +68,7 @@ def valid_by_z3(formula: z3.BoolRef, rlimit: int = 0) -> str:
 
 
 def valid_by_bitwuzla(text: str, seconds: float = 0) -> str:
-    """ "valid", "not valid" or "unknown": bitwuzla's answer to SMT-LIB text made by `smtlib`."""
+    """By bitwuzla, of SMT-LIB text made by `smtlib`: "valid", "not valid" or "unknown"."""
     import bitwuzla
 
     options = bitwuzla.Options()

@@ -582,7 +582,7 @@ class Explorer(Nondet):
         Stops after the first path with a failure, which is then the last; `model` gives its values.
         Raises `Unfaithful`, `Undecided`, `NotDeterministic`, or whatever `function` raises.
         """
-        global _explorer
+        global _explorer  # noqa: PLW0603  (one exploration at a time)
         paths: list[Path] = []
         while True:
             self.position = 0
@@ -631,7 +631,8 @@ class Explorer(Nondet):
         def value(term: z3.BitVecRef) -> int:
             number = model.eval(term, model_completion=True)
             assert isinstance(number, z3.BitVecNumRef)
-            return number.as_long()
+            result: int = number.as_long()
+            return result
 
         draws = [(name, value(term)) for name, term in self.draws.items()]
         for memory in self.memories:

@@ -4,8 +4,8 @@ What a processor reads where a machine has no memory is not architectural (all o
 machine check), so a walk that would need such an entry ends there: see `outcomes.OutsideMemory`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol, SupportsInt
 
 from vapama.spec.words import Word, ite
 
@@ -24,10 +24,20 @@ class Memory(Protocol):
         """The 8 bytes at `address` (8-byte aligned, below the limit), little-endian, as a word."""
 
 
+class Entries(Protocol):
+    """A sequence of entries, as far as memory needs it."""
+
+    def __len__(self) -> int:
+        """How many entries there are."""
+
+    def __getitem__(self, index: int, /) -> SupportsInt:
+        """The entry with this index."""
+
+
 class Image:
     """Memory held in a sequence of 64-bit entries: a list, a numpy array or a memory map."""
 
-    def __init__(self, entries: Sequence[int]) -> None:
+    def __init__(self, entries: Entries) -> None:
         self.entries = entries
         self.limit: Word = len(entries) * ENTRY_BYTES
 

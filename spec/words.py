@@ -13,7 +13,7 @@ Word: TypeAlias = int
 Flag: TypeAlias = int
 """A word that is 0 or 1."""
 Condition: TypeAlias = bool
-"""The result of a comparison. In a proof it is symbolic: combine with ``&`` and ``|``, not `and`."""
+"""The result of a comparison. In a proof it is symbolic: combine them with ``&`` and ``|``."""
 
 WORD = (1 << 64) - 1
 
@@ -24,7 +24,7 @@ def ite(condition: Condition, then: Word, otherwise: Word) -> Word:
         return then
     if condition is False:
         return otherwise
-    merged: Word = condition.ite(then, otherwise)  # type: ignore[attr-defined]
+    merged: Word = condition.ite(then, otherwise)
     return merged
 
 

@@ -68,6 +68,9 @@ def check(
     guest: Annotated[
         Path | None, typer.Option(help="A .npz snapshot to check besides (the shipped one).")
     ] = None,
+    hang: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without a result that count as hung.")
+    ] = 10,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.")] = None,
     json: Json = False,
@@ -81,7 +84,7 @@ def check(
         guest = checking.DEFAULT_GUEST
     if guest is not None:
         snapshot.load_snapshot(guest)
-    spent = budget_named(budget)
+    spent = budget_named(budget, hang)
     jobs, skipped = checking.plan(
         chosen, checking.chosen_engines(engines), spent, subject, guest, regression_cases()
     )

@@ -69,7 +69,7 @@ def source_coverage(corpus: Path, invariants: list[Invariant], subject: str) -> 
         return []
     job = {"corpus": str(corpus), "invariants": [i.name for i in invariants], "subject": subject}
     found = subprocess.run(
-        [sys.executable, "-m", "vapama.fuzz.corpus_coverage", json.dumps(job)],
+        [sys.executable, "-m", "vapama.corpus_coverage", json.dumps(job)],
         capture_output=True,
         text=True,
         check=False,

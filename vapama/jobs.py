@@ -128,7 +128,8 @@ class _Worker:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
         reader = threading.Thread(target=self._keep, args=(self.process.stderr,), daemon=True)
         reader.start()
         for line in self.process.stdout:

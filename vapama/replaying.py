@@ -151,7 +151,7 @@ def explain_addresses(
             raise BadInput(f"{text}: not a linear address: give a number such as 0x7fff12345000")
         numbers.append(number)
     guest = load_snapshot(path)
-    memory = Image(memoryview(guest.image))
+    memory = Image(guest.image)
     for number in numbers:
         access = Access(number, write=int(write), fetch=int(fetch), user=int(user))
         yield from explain_access(guest.cpu, memory, access)

@@ -139,7 +139,7 @@ def _who(flags_: str) -> int:
 
 
 def _reference_walks(what: str, snapshot: Snapshot) -> Agreement:
-    memory = Image(memoryview(snapshot.image))
+    memory = Image(snapshot.image)
     truth = zip(
         snapshot.truth_va.tolist(), snapshot.truth_pa.tolist(), snapshot.truth_flags, strict=True
     )
@@ -176,7 +176,7 @@ def _compiled_walks(what: str, snapshot: Snapshot) -> Agreement:
 
 
 def _reference_mappings(what: str, snapshot: Snapshot) -> Agreement:
-    memory = Image(memoryview(snapshot.image))
+    memory = Image(snapshot.image)
     found = (
         (m.address, m.pa, flags(m.entry, m.level)) for m in paging.mappings(snapshot.cpu, memory)
     )

@@ -65,7 +65,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 BUDGETS = {
     "quick": Budget(
         name="quick",
-        hypothesis_examples=300,
+        hypothesis_examples=600,
         random_seconds=0.25,
         atheris_seconds=6,
         exhaustive_width=5,
@@ -89,13 +89,15 @@ BUDGETS = {
 }
 
 
-def budget_named(text: str) -> Budget:
+def budget_named(text: str, hang_seconds: float = 10.0) -> Budget:
     """A budget by name, or so many SECONDS for each engine over all invariants of the walk.
+
+    A subject that gives no result for `hang_seconds` counts as hung.
 
     Raises `BadInput`.
     """
     if text in BUDGETS:
-        return BUDGETS[text]
+        return msgspec.structs.replace(BUDGETS[text], hang_seconds=hang_seconds)
     try:
         seconds = float(text)
     except ValueError:
@@ -109,5 +111,6 @@ def budget_named(text: str) -> Budget:
         random_seconds=seconds / 25,
         atheris_seconds=seconds,
         exhaustive_width=5 if seconds < 60 else 7,
+        hang_seconds=hang_seconds,
         seed=None,
     )

@@ -174,7 +174,7 @@ def without_keys_no_fault_blames_one(nondet: Nondet, subject: Any) -> None:
 
 
 @invariant(
-    source="Intel SDM Vol. 3A, 4.6.1 (rights are the AND of R/W and U/S, the OR of XD, over a walk)",
+    source="Intel SDM Vol. 3A, 4.6.1 (the AND of R/W and U/S and the OR of XD over a walk)",
     reaches=("translated with less", "no longer translated"),
     twin="two-no-executes-cancel",
 )

@@ -144,7 +144,7 @@ def an_entry_that_is_not_present_stops_the_walk(nondet: Nondet, subject: Any) ->
     twin="a-reserved-bit-of-a-large-page-is-missed",
 )
 def a_reserved_bit_always_faults(nondet: Nondet, subject: Any) -> None:
-    """A present entry on the path with a reserved bit set faults with RSVD, whatever comes after."""
+    """A reserved bit set in a present entry on the path faults with RSVD, whatever comes after."""
     cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
     nondet.assume(is_canonical(access.address, address_width(cpu.levels)))
     outcome = subject.translate(cpu, memory, access)

@@ -1,9 +1,9 @@
-"""The process that libFuzzer runs in: ``python -m vapama.fuzz.atheris_target JOB [FLAGS]``.
+"""The process that libFuzzer runs in: ``python -m vapama.atheris_target JOB [FLAGS]``.
 
-It instruments the reference walk and the subject's kernels, and runs invariants on draws decoded
-straight from libFuzzer's bytes; a checksum of the bytes picks the invariant. It tells its parent what
-happens as JSON lines in the file that the job names. libFuzzer never returns: this process ends by
-its time limit, or at the first failure with status 77.
+It instruments the subject's kernels and runs invariants on draws decoded straight from libFuzzer's
+bytes; a checksum of the bytes picks the invariant. It tells its parent what happens as JSON lines
+in the file that the job names. libFuzzer never returns: this process ends by its time limit, or at
+the first failure with status 77.
 """
 
 import json

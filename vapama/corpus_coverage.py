@@ -1,4 +1,4 @@
-"""``python -m vapama.fuzz.corpus_coverage JOB``: line and branch coverage that a corpus reaches.
+"""``python -m vapama.corpus_coverage JOB``: line and branch coverage that a corpus reaches.
 
 A process of its own, so that the sources are measured from their import on.
 """
