@@ -19,10 +19,11 @@ from typing import Any
 
 from vapama.case import Case
 from vapama.fuzz.decoded import ByteDraws, Encoder, addressed, picked
+from vapama.fuzz.random_engine import Failed as FailedRun
 from vapama.fuzz.random_engine import conclude
-from vapama.runs import Guarded, KnownDeparture, SubjectHung, attempt, hang_guard
+from vapama.runs import Failure, Guarded, KnownDeparture, SubjectHung, attempt, hang_guard
 from vapama.spec.nondet import Invariant, Reject
-from vapama.verdict import COUNTEREXAMPLE, HELD, NOT_APPLICABLE, UNDECIDED, Verdict
+from vapama.verdict import HELD, NOT_APPLICABLE, UNDECIDED, Verdict
 
 ENGINE = "atheris"
 LONGEST = 300
@@ -55,7 +56,7 @@ class Campaign:
         self.corpus = corpus
         self.runs = {i.name: 0 for i in invariants}
         self.reached: dict[str, set[str]] = {i.name: set() for i in invariants}
-        self.failed: dict[str, tuple[str, list[tuple[str, int]]]] = {}
+        self.failed: dict[str, FailedRun] = {}
         self.known: dict[str, int] = {}
         self.coverage = ""
         self.spent = self.fuzzed = self.told_seconds = 0.0
@@ -135,7 +136,7 @@ class Campaign:
     def _hear(self, event: dict[str, Any], before: dict[str, int]) -> None:
         if "failed" in event:
             draws = [(name, value) for name, value in event["draws"]]
-            self.failed[event["failed"]] = event["why"], draws
+            self.failed[event["failed"]] = Failure(event["why"]), draws
             return
         for name, count in event["runs"].items():
             self.runs[name] = before[name] + count
@@ -155,7 +156,7 @@ class Campaign:
             ):
                 attempt(invariant, nondet, self.subject)
             why = f"the subject hung: no result within {self.hang_seconds:g} s"
-            self.failed[invariant.name] = why, nondet.draws()
+            self.failed[invariant.name] = Failure(why, hung=True), nondet.draws()
             artifact.unlink()
 
     def _verdict(self, invariant: Invariant) -> Verdict:
@@ -174,11 +175,8 @@ class Campaign:
         if failed is None and self.trouble:
             verdict.status, verdict.why = UNDECIDED, self.trouble
             return verdict
-        if failed is not None and "hung" in failed[0]:
-            verdict.status, verdict.why = COUNTEREXAMPLE, failed[0]
-            return verdict
-        with hang_guard(60 * self.hang_seconds):
-            return conclude(verdict, invariant, self.subject, self.reached[invariant.name], failed)
+        reached = self.reached[invariant.name]
+        return conclude(verdict, invariant, self.subject, reached, failed, self.hang_seconds)
 
 
 def run(

@@ -8,6 +8,7 @@ passed over. `Nondet.seen` lets an invariant over machine states cut what was ex
 import time
 from collections.abc import Callable, Hashable, Mapping
 
+from vapama.fuzz.random_engine import Failed as FailedRun
 from vapama.fuzz.random_engine import conclude
 from vapama.runs import (
     Concrete,
@@ -119,7 +120,7 @@ def run(
     start = time.monotonic()
     nondet = Enumeration(subject.capabilities.narrow, width)
     runs, complete = 0, False
-    failed: tuple[str, list[tuple[str, int]]] | None = None
+    failed: FailedRun | None = None
     with hang_guard(hang_seconds) as alive:
         while runs < most_runs and failed is None and not complete:
             nondet.restart()
@@ -127,7 +128,7 @@ def run(
             try:
                 failure = attempt(invariant, nondet, subject)
                 if failure is not None:
-                    failed = failure.message, nondet.draws()
+                    failed = failure, nondet.draws()
             except (Reject, KnownDeparture):
                 pass
             complete = not nondet.advance()
@@ -144,8 +145,7 @@ def run(
         detail=f"all {runs:,} cases of width {width}"
         + (f", {len(nondet.states)} states" if nondet.states else ""),
     )
-    with hang_guard(60 * hang_seconds):
-        conclude(verdict, invariant, subject, nondet.reached, failed)
+    conclude(verdict, invariant, subject, nondet.reached, failed, hang_seconds)
     if failed is None and not complete:
         verdict.status = UNDECIDED
         verdict.why = f"more than {most_runs:,} cases: give a larger --budget"

@@ -12,6 +12,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from vapama.case import Case
 from vapama.fuzz.decoded import ByteDraws
+from vapama.fuzz.random_engine import Failed as FailedRun
 from vapama.fuzz.random_engine import conclude
 from vapama.runs import Concrete, Guarded, KnownDeparture, Replay, attempt, hang_guard
 from vapama.spec.nondet import Invariant, Reject
@@ -26,6 +27,10 @@ Progress = Callable[[int], None]
 
 class Failed(Exception):
     """The invariant failed on an example."""
+
+
+class Hung(BaseException):
+    """The subject hung: end the search, for Hypothesis would shrink by hanging again and again."""
 
 
 def run(
@@ -47,7 +52,7 @@ def run(
     known: Counter[str] = Counter()
     reached: set[str] = set()
     count = 0
-    last: tuple[str, list[tuple[str, int]]] | None = None
+    last: FailedRun | None = None
 
     def one(nondet: Concrete) -> None:
         nonlocal count, last
@@ -63,8 +68,8 @@ def run(
             alive()
         reached.update(nondet.reached)
         if failure is not None:
-            last = failure.message, nondet.draws()
-            raise Failed(failure.message)
+            last = failure, nondet.draws()
+            raise Hung if failure.hung else Failed(failure.message)
 
     @settings(
         max_examples=examples,
@@ -87,7 +92,7 @@ def run(
             for case in explicit:
                 one(Replay(case.values(), subject.capabilities.narrow))
             (search if seed is None else hypothesis.seed(seed)(search))()
-        except Failed:
+        except (Failed, Hung):
             pass
     verdict = Verdict(
         invariant=invariant.name,
@@ -99,5 +104,4 @@ def run(
         known=dict(known),
         detail=f"{count:,} examples",
     )
-    with hang_guard(60 * hang_seconds):
-        return conclude(verdict, invariant, subject, reached, last)
+    return conclude(verdict, invariant, subject, reached, last, hang_seconds)

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from random import Random
 
+from vapama.case import make_case
 from vapama.fuzz.decoded import RandomDraws
-from vapama.runs import Guarded, KnownDeparture, attempt, hang_guard, shrink
+from vapama.runs import Failure, Guarded, KnownDeparture, attempt, hang_guard, shrink
 from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import COUNTEREXAMPLE, HELD, UNDECIDED, Verdict
 
@@ -17,6 +18,8 @@ ENGINE = "random"
 BATCH = 256
 PATIENCE = 20
 Progress = Callable[[int], None]
+Failed = tuple[Failure, list[tuple[str, int]]]
+"""A failure, and the draws of its run."""
 
 
 def run(
@@ -40,8 +43,7 @@ def run(
             alive()
             progress(search.executions)
     spent = time.monotonic() - start
-    with hang_guard(60 * hang_seconds):
-        return search.verdict(ENGINE, spent)
+    return search.verdict(ENGINE, spent, hang_seconds)
 
 
 class Search:
@@ -53,7 +55,7 @@ class Search:
         self.executions = 0
         self.rejected = 0
         self.known: Counter[str] = Counter()
-        self.failed: tuple[str, list[tuple[str, int]]] | None = None
+        self.failed: Failed | None = None
 
     def wants_more(self, spent: float, seconds: float) -> bool:
         """Whether to go on after `spent` of `seconds`."""
@@ -76,10 +78,10 @@ class Search:
                 self.known[str(departure)] += 1
             else:
                 if failure is not None:
-                    self.failed = failure.message, nondet.draws()
+                    self.failed = failure, nondet.draws()
                     return
 
-    def verdict(self, engine: str, seconds: float) -> Verdict:
+    def verdict(self, engine: str, seconds: float, hang_seconds: float = 10.0) -> Verdict:
         """What the runs so far say; a failure is shrunk first."""
         verdict = Verdict(
             invariant=self.invariant.name,
@@ -91,7 +93,14 @@ class Search:
             known=dict(self.known),
             detail=f"{self.executions:,} runs, {self.executions / max(seconds, 1e-9):,.0f}/s",
         )
-        return conclude(verdict, self.invariant, self.subject, self.nondet.reached, self.failed)
+        return conclude(
+            verdict,
+            self.invariant,
+            self.subject,
+            self.nondet.reached,
+            self.failed,
+            hang_seconds,
+        )
 
 
 def conclude(
@@ -99,14 +108,22 @@ def conclude(
     invariant: Invariant,
     subject: Guarded,
     reached: set[str],
-    failed: tuple[str, list[tuple[str, int]]] | None,
+    failed: Failed | None,
+    hang_seconds: float = 10.0,
 ) -> Verdict:
-    """A verdict completed by what happened: the failure (message and draws), shrunk, if there was
+    """A verdict completed by what happened: the failure (and its draws), shrunk, if there was
     one; undecided if the runs did not reach all that the invariant is to reach.
     """
     if failed is not None:
-        verdict.status, (verdict.why, draws) = COUNTEREXAMPLE, failed
-        verdict.case = shrink(invariant, subject, draws, verdict.engine)
+        failure, draws = failed
+        verdict.status, verdict.why = COUNTEREXAMPLE, failure.message
+        if failure.hung:
+            # Each try to shrink would hang as long again.
+            verdict.case = make_case(
+                invariant.name, subject.name, verdict.engine, failure.message, draws
+            )
+            return verdict
+        verdict.case = shrink(invariant, subject, draws, verdict.engine, hang_seconds=hang_seconds)
         if verdict.case is None:
             verdict.status = UNDECIDED
             verdict.why = f"failed once and not when replayed: {verdict.why}"

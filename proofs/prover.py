@@ -22,7 +22,16 @@ from vapama.bugs.mistakes import MISTAKES
 from vapama.case import Case, make_case
 from vapama.proofs import completeness
 from vapama.proofs.symbolic import Explorer, NotDeterministic, Path, Undecided, Unfaithful
-from vapama.runs import Guarded, KnownDeparture, Replay, attempt, shrink
+from vapama.runs import (
+    Guarded,
+    KnownDeparture,
+    Replay,
+    SubjectHung,
+    SubjectRaised,
+    attempt,
+    hang_guard,
+    shrink,
+)
 from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import COUNTEREXAMPLE, NOT_APPLICABLE, PROVED, UNDECIDED, Verdict
 
@@ -36,12 +45,14 @@ Progress = Callable[[int], None]
 class Options:
     """How to prove.
 
-    `rlimit` bounds each query in z3's steps (0: none). `twin` is whether to require the seeded
+    `rlimit` bounds each query in z3's steps (0: none); `hang_seconds` bounds what the subject does
+    between two queries. `twin` is whether to require the seeded
     mistake to be refuted, `witnesses` whether to replay a model of every path, `z3_again` whether
     a fresh z3 checks path completeness besides bitwuzla. `export` is where to write the SMT-LIB.
     """
 
     rlimit: int = RLIMIT
+    hang_seconds: float = 10.0
     twin: bool = True
     witnesses: bool = False
     z3_again: bool = False
@@ -73,6 +84,10 @@ def prove(
         verdict.why = f"not the same on every run: {error}"
     except TypeError as error:
         verdict.why = f"cannot be run on symbols: {error}"
+    except SubjectRaised as error:
+        verdict.why = f"the subject raised {error} on symbols, and does not on ints"
+    except SubjectHung as error:
+        verdict.why = f"{error} (on symbols)"
     verdict.seconds = time.monotonic() - start
     return verdict
 
@@ -83,8 +98,9 @@ def _prove(
     explorer = Explorer(options.rlimit, subject.capabilities.narrow)
     explorer.on_path = progress
     try:
-        paths = explorer.explore(lambda: invariant.claim(explorer, subject))
-    except Unfaithful:
+        with hang_guard(options.hang_seconds) as explorer.on_check:
+            paths = explorer.explore(lambda: invariant.claim(explorer, subject))
+    except (Unfaithful, SubjectRaised):
         # On ints the same inputs may well fail: then it is a counterexample like any other.
         verdict.case = concrete_case(invariant, subject, explorer.model())
         if verdict.case is None:

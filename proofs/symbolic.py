@@ -380,6 +380,8 @@ class Explorer(Nondet):
         self.witness: z3.ModelRef | None = None
         self.refuted: list[tuple[list[z3.BoolRef], z3.BoolRef]] = []
         self.on_path: Callable[[int], None] = lambda paths: None
+        self.on_check: Callable[[bool], None] = lambda begins: None
+        """Called before (with True) and after each query, which may take its time."""
 
     # Nondet
 
@@ -562,7 +564,9 @@ class Explorer(Nondet):
         if self.witness is not None and z3.is_true(self.witness.eval(term, True)):
             return True
         self.checks += 1
+        self.on_check(True)
         answer = self.solver.check(term)
+        self.on_check(False)
         if answer == z3.unknown:
             raise Undecided(self.solver.reason_unknown())
         if answer == z3.unsat:

@@ -220,9 +220,10 @@ def _in_one_line(error: BaseException) -> str:
 
 
 class Failure(NamedTuple):
-    """Why a run failed, in a line."""
+    """Why a run failed, in a line; `hung` if it was the subject that did not come back."""
 
     message: str
+    hung: bool = False
 
 
 def attempt(invariant: Invariant, nondet: Concrete, subject: Guarded) -> Failure | None:
@@ -239,7 +240,7 @@ def attempt(invariant: Invariant, nondet: Concrete, subject: Guarded) -> Failure
     except SubjectRaised as error:
         return Failure(f"the subject raised {error}")
     except SubjectHung as error:
-        return Failure(str(error))
+        return Failure(str(error), hung=True)
     return None
 
 
@@ -260,16 +261,19 @@ def _assertion(error: AssertionError) -> str:
 
 
 @contextmanager
-def hang_guard(seconds: float) -> Iterator[Callable[[], None]]:
-    """Raise `SubjectHung` in this thread when `seconds` pass between calls of what it yields."""
+def hang_guard(seconds: float) -> Iterator[Callable[..., None]]:
+    """Raise `SubjectHung` in this thread when `seconds` pass between calls of what it yields.
+
+    A call with `paused` true stops the clock until the next call.
+    """
 
     def alarm(signum: int, frame: object) -> None:
         raise SubjectHung(f"the subject hung: no result within {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, alarm)
 
-    def restart() -> None:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    def restart(paused: bool = False) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0 if paused else seconds)
 
     restart()
     try:
@@ -291,6 +295,7 @@ def shrink(
     draws: list[tuple[str, int]],
     engine: str,
     most_runs: int = 20_000,
+    hang_seconds: float = 10.0,
 ) -> Case | None:
     """The simplest failing Case that can be reached from `draws` by dropping them and their bits.
 
@@ -301,25 +306,27 @@ def shrink(
     def fails(values: dict[str, int]) -> tuple[Failure, Replay] | None:
         nonlocal runs
         runs += 1
+        alive()
         nondet = Replay(values, subject.capabilities.narrow)
         try:
             failure = attempt(invariant, nondet, subject)
         except (Reject, KnownDeparture):
             return None
-        return None if failure is None else (failure, nondet)
+        return None if failure is None or failure.hung else (failure, nondet)
 
-    best = fails(dict(draws))
+    with hang_guard(hang_seconds) as alive:
+        best = fails(dict(draws))
+        improved = best is not None
+        while best is not None and improved and runs < most_runs:
+            improved = False
+            for name, value in best[1].draws():
+                for simpler in _simpler(value):
+                    found = fails({**dict(best[1].draws()), name: simpler})
+                    if found is not None and _size(found[1]) < _size(best[1]):
+                        best, improved = found, True
+                        break
     if best is None:
         return None
-    improved = "hung" not in best[0].message
-    while improved and runs < most_runs:
-        improved = False
-        for name, value in best[1].draws():
-            for simpler in _simpler(value):
-                found = fails({**dict(best[1].draws()), name: simpler})
-                if found is not None and _size(found[1]) < _size(best[1]):
-                    best, improved = found, True
-                    break
     failure, nondet = best
     return make_case(invariant.name, subject.name, engine, failure.message, nondet.draws())
 

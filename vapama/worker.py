@@ -107,7 +107,9 @@ def _run(
             from vapama.proofs import prover
 
             options = prover.Options(
-                rlimit=budget.rlimit, export=Path(job.export) if job.export else None
+                rlimit=budget.rlimit,
+                hang_seconds=budget.hang_seconds,
+                export=Path(job.export) if job.export else None,
             )
             return prover.prove(invariant, subject, options, progress)
         case "random":
