@@ -20,10 +20,6 @@ class Decoded(Concrete):
 
     take: Callable[[int], int]
 
-    def __init__(self, narrow: Mapping[str, Domain] | None = None) -> None:
-        super().__init__(narrow)
-        self._groups: dict[int, Group] = {}
-
     def draw(self, name: DrawName, domain: Domain) -> int:
         """A value decoded by the domain."""
         return domain.decode(self.take(domain.raw_bytes))
@@ -34,14 +30,14 @@ class Decoded(Concrete):
 
     # The rest is as in `Concrete`, with fewer calls: this is where random runs spend their time.
 
-    def words(self, draws: Sequence[tuple[str, Domain]]) -> list[int]:
+    def words(self, draws: Sequence[tuple[str, Domain]]) -> Sequence[int]:
         """Decoded words, from one `take` for all of them."""
-        group = self._groups.get(id(draws))
+        key = id(draws), id(self.narrow)
+        group = GROUPS.get(key)
         if group is None:
-            group = self._groups[id(draws)] = Group(draws, self.narrow)
-        raw = self.take(group.raw_bytes)
-        values = [decode(raw >> shift) for decode, shift in group.decoders]
-        self.trail.extend(zip(group.names, values))  # noqa: B905  (as long as each other)
+            group = GROUPS[key] = Group(draws, self.narrow)
+        values = group.decode(self.take(group.raw_bytes))
+        self.trail.append((group.names, values))
         return values
 
     def entry(self, memory: str, address: int) -> int:
@@ -52,17 +48,33 @@ class Decoded(Concrete):
 
 
 class Group:
-    """Several draws decoded together: their names, and decoders with the place of their bytes."""
+    """Several draws decoded together: their names, how many raw bytes they take, and a decoder.
+
+    The decoder is one expression made for the group, as `collections.namedtuple` makes its
+    constructors: a call for each draw would cost more than the rest of a run.
+    """
 
     def __init__(self, draws: Sequence[tuple[str, Domain]], narrow: Mapping[str, Domain]) -> None:
-        self.draws = draws
-        self.names = [name for name, _ in draws]
-        self.decoders = []
+        self.made_of = draws, narrow  # kept alive: their ids are this group's key
+        self.names = tuple(name for name, _ in draws)
         self.raw_bytes = 0
-        for name, domain in draws:
+        parts, known = [], {}
+        for i, (name, domain) in enumerate(draws):
             narrowed = narrow.get(name, domain)
-            self.decoders.append((narrowed.decode, self.raw_bytes << 3))
+            shift = self.raw_bytes << 3
+            if narrowed.among or narrowed.bias is not None:
+                known[f"decode{i}"] = narrowed.decode
+                parts.append(f"decode{i}(raw >> {shift})")
+            else:
+                parts.append(f"{narrowed.fixed} | raw >> {shift} & {narrowed.free}")
             self.raw_bytes += narrowed.raw_bytes
+        self.decode: Callable[[int], tuple[int, ...]] = eval(
+            f"lambda raw: ({', '.join(parts)},)", known
+        )
+
+
+GROUPS: dict[tuple[int, int], Group] = {}
+"""By the ids of draws and narrowing, which last as long as the program."""
 
 
 class RandomDraws(Decoded):

@@ -41,7 +41,9 @@ def _subtree(paths: list[Path], depth: int) -> z3.BoolRef:
         return z3.Implies(options[0], below.get(0, nothing))
     if kind == ASK:
         return below[1] if 1 in below else z3.And(options[0], below[0])
-    assert kind in (BRANCH, MUST)
+    if kind == MUST:
+        return z3.And(options[0], below.get(0, nothing))
+    assert kind == BRANCH
     return z3.If(options[0], below.get(0, nothing), below.get(1, nothing))
 
 

@@ -6,13 +6,18 @@ start, following the recorded decisions and taking the next one the other way.
 
 Python's ints do not wrap, z3's bit-vectors and numba's uint64 do. So that a proof carries over to
 all three, an operation whose result could leave 64 bits, a shift by 64 or more, or a load outside
-memory must be shown impossible on its path; otherwise the run ends in `Unfaithful`.
+memory must be shown impossible on its path; otherwise the run ends in `Unfaithful`. So does all
+that an int can do and a symbol cannot: be a key or an index, be divided, tell its text. (Only what
+Python lets nobody redefine goes unseen, ``is`` and ``type``; and arithmetic on plain ints, which
+are no part of the input, is Python's own.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from numbers import Number
 from typing import Any, TypeVar
 
 import z3
@@ -26,15 +31,24 @@ T = TypeVar("T")
 Operand = Any
 
 
-class Unfaithful(BaseException):
+class Stop(BaseException):
+    """Ends an exploration. The explorer notes it, so that no handler in a claim swallows it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        if _explorer is not None and _explorer.stopped is None:
+            _explorer.stopped = self
+
+
+class Unfaithful(Stop):
     """On some path an operation means different things to Python, z3 and the compiled kernels."""
 
 
-class Undecided(BaseException):
+class Undecided(Stop):
     """The solver reached its resource limit."""
 
 
-class NotDeterministic(BaseException):
+class NotDeterministic(Stop):
     """A re-run with the same decisions asked for another one: its result cannot be trusted."""
 
 
@@ -48,7 +62,52 @@ def _running() -> Explorer:
     return _explorer
 
 
-class SymWord:
+_COMPLEMENT = "a complement is used other than and'ed with a word"
+_FOREIGN = "an operation that words do not have (spec/words.py says which they have)"
+
+
+def _refusal(why: str) -> Any:
+    """A method that refuses, whatever it is given."""
+
+    def refuse(*_: object) -> Any:
+        raise Unfaithful(why)
+
+    return refuse
+
+
+class Symbol:
+    """What a claim holds in place of an int, and takes for one.
+
+    Here is all that ints can do and symbols cannot. It is refused by an `Unfaithful`, and not by
+    an exception that a claim might handle: on ints the claim goes on.
+    """
+
+    __slots__ = ()
+    __hash__ = _refusal("a word is a key (of a dict, a set, a cache), which must be one value")
+    __index__ = _refusal("a word is made an index, a length or a plain number")
+    __neg__ = __pos__ = __abs__ = __round__ = __trunc__ = _refusal(_FOREIGN)
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refusal(_FOREIGN)
+    __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _refusal(_FOREIGN)
+
+    @property
+    def __class__(self) -> type[int]:  # type: ignore[override]
+        return int
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(int, name):
+            raise Unfaithful(f"a word is asked for its {name}")
+        raise AttributeError(f"'int' object has no attribute {name!r}")
+
+    def __format__(self, spec: str) -> str:
+        if _explorer is not None:
+            _explorer.told = True
+        return "(a symbolic word)"
+
+    def __repr__(self) -> str:
+        return format(self)
+
+
+class SymWord(Symbol):
     """A word that is an SMT term, with the bits known to be possibly (`may`) and surely (`must`) 1.
 
     The known bits decide many conditions without the solver; `must` is also the least value the
@@ -56,13 +115,12 @@ class SymWord:
     """
 
     __slots__ = ("may", "must", "term")
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, term: z3.BitVecRef, may: int = WORD, must: int = 0) -> None:
         self.term, self.may, self.must = term, may, must
 
     def __and__(self, other: Operand) -> Operand:
-        if isinstance(other, Complement):
+        if type(other) is Complement:
             return other & self
         if type(other) is int and other < 0:
             other &= WORD
@@ -129,11 +187,11 @@ class SymWord:
         return _shift_right(word(other), self)
 
     def __eq__(self, other: object) -> Any:
-        if not isinstance(other, int | SymWord | SymBool):
+        if not isinstance(other, Number):
             return NotImplemented
         o = word(other)
         if self.must & ~o.may or o.must & ~self.may:
-            return False
+            return NO
         return SymBool(self.term == o.term)
 
     def __ne__(self, other: object) -> Any:
@@ -142,9 +200,9 @@ class SymWord:
     def __lt__(self, other: Operand) -> Any:
         o = word(other)
         if self.may < o.must:
-            return True
+            return YES
         if self.must >= o.may:
-            return False
+            return NO
         return SymBool(z3.ULT(self.term, o.term))
 
     def __ge__(self, other: Operand) -> Any:
@@ -163,25 +221,34 @@ class SymWord:
             return False
         return _running().branch(self.term != 0)
 
+    # A word that is the same on all inputs can do what any int can.
+
+    def __hash__(self) -> int:
+        value = self._only_value()
+        return super().__hash__() if value is None else hash(value)
+
+    def __index__(self) -> int:
+        value = self._only_value()
+        return super().__index__() if value is None else value  # type: ignore[no-any-return]
+
     def __format__(self, spec: str) -> str:
-        return "(a symbolic word)"
+        value = self._only_value()
+        return super().__format__(spec) if value is None else format(value, spec)
 
-    def __repr__(self) -> str:
-        return f"SymWord({self.term})"
+    def _only_value(self) -> int | None:
+        simple = z3.simplify(self.term)
+        return simple.as_long() if isinstance(simple, z3.BitVecNumRef) else None
 
 
-class Complement:
+class Complement(Symbol):
     """``~word``: a negative int to Python. It may only be and'ed with a word, or undone."""
 
     __slots__ = ("inner",)
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, inner: SymWord) -> None:
         self.inner = inner
 
     def __and__(self, other: Operand) -> Operand:
-        if not isinstance(other, int | SymWord | SymBool) or (type(other) is int and other < 0):
-            raise Unfaithful("a complement is used other than and'ed with a word")
         o = word(other)
         i = self.inner
         return _make(~i.term & o.term, ~i.must & o.may & WORD, ~i.may & o.must & WORD)
@@ -191,86 +258,129 @@ class Complement:
     def __invert__(self) -> SymWord:
         return self.inner
 
-    def _refuse(self, *_: object) -> Any:
-        raise Unfaithful("a complement is used other than and'ed with a word")
+    __or__ = __ror__ = __xor__ = __rxor__ = __add__ = __radd__ = _refusal(_COMPLEMENT)
+    __sub__ = __rsub__ = __mul__ = __rmul__ = _refusal(_COMPLEMENT)
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refusal(_COMPLEMENT)
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refusal(_COMPLEMENT)
+    __hash__ = Symbol.__hash__
 
-    __or__ = __ror__ = __xor__ = __rxor__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
-    __mul__ = __rmul__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __index__ = _refuse
+
+def _of_words(operation: str) -> Any:
+    """The operation of a condition taken as a word."""
+    return lambda condition, other: getattr(word(condition), operation)(other)
 
 
-class SymBool:
-    """A condition that is an SMT term."""
+class SymBool(Symbol):
+    """A condition that is an SMT term. It counts as 0 or 1, as Python's conditions do."""
 
     __slots__ = ("term",)
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = Symbol.__hash__
 
     def __init__(self, term: z3.BoolRef) -> None:
         self.term = term
 
+    @property
+    def __class__(self) -> type[bool]:  # type: ignore[override]
+        return bool
+
     def __bool__(self) -> bool:
+        if self is YES or self is NO:
+            return self is YES
         return _running().branch(self.term)
 
     def __and__(self, other: Operand) -> Operand:
-        if other is True:
+        o = _condition(other)
+        if o is None:
+            return word(self) & other
+        if o is YES or self is NO:
             return self
-        if other is False:
-            return False
-        if isinstance(other, SymBool):
-            return SymBool(z3.And(self.term, other.term))
-        return word(self) & other
+        return o if o is NO or self is YES else SymBool(z3.And(self.term, o.term))
 
     __rand__ = __and__
 
     def __or__(self, other: Operand) -> Operand:
-        if other is False:
+        o = _condition(other)
+        if o is None:
+            return word(self) | other
+        if o is NO or self is YES:
             return self
-        if other is True:
-            return True
-        if isinstance(other, SymBool):
-            return SymBool(z3.Or(self.term, other.term))
-        return word(self) | other
+        return o if o is YES or self is NO else SymBool(z3.Or(self.term, o.term))
 
     __ror__ = __or__
 
     def __eq__(self, other: object) -> Any:
-        if isinstance(other, bool):
-            return self if other else SymBool(z3.Not(self.term))
-        if isinstance(other, SymBool):
-            return SymBool(self.term == other.term)
-        return word(self) == other
+        o = _condition(other)
+        if o is None:
+            return word(self) == other
+        return SymBool(self.term == o.term)
 
     def __ne__(self, other: object) -> Any:
         return _negated(self == other)
 
+    def __invert__(self) -> Complement:
+        return ~word(self)
+
+    __xor__, __rxor__ = _of_words("__xor__"), _of_words("__rxor__")
+    __add__, __radd__ = _of_words("__add__"), _of_words("__radd__")
+    __sub__, __rsub__ = _of_words("__sub__"), _of_words("__rsub__")
+    __mul__, __rmul__ = _of_words("__mul__"), _of_words("__rmul__")
+    __lshift__, __rlshift__ = _of_words("__lshift__"), _of_words("__rlshift__")
+    __rshift__, __rrshift__ = _of_words("__rshift__"), _of_words("__rrshift__")
+    __lt__, __le__ = _of_words("__lt__"), _of_words("__le__")
+    __gt__, __ge__ = _of_words("__gt__"), _of_words("__ge__")
+
     def ite(self, then: Operand, otherwise: Operand) -> Operand:
         """`then` where the condition holds, else `otherwise`: see `spec.words.ite`."""
         a, b = word(then), word(otherwise)
+        if self is YES or self is NO:
+            return a if self is YES else b
         return _make(z3.If(self.term, a.term, b.term), a.may | b.may, a.must & b.must)
 
 
+YES, NO = SymBool(z3.BoolVal(True)), SymBool(z3.BoolVal(False))
+"""Conditions decided by known bits. They stay symbolic, so that what is made of them is checked."""
+
+
+def _condition(value: Operand) -> SymBool | None:
+    """A condition, symbolic or plain, as a symbolic one; None if it is none."""
+    if type(value) is SymBool:
+        return value
+    if type(value) is bool:
+        return YES if value else NO
+    return None
+
+
 def _negated(condition: Any) -> Any:
-    return SymBool(z3.Not(condition.term)) if isinstance(condition, SymBool) else not condition
+    if condition is YES or condition is NO:
+        return NO if condition is YES else YES
+    return SymBool(z3.Not(condition.term)) if type(condition) is SymBool else not condition
 
 
 def word(value: Operand) -> SymWord:
-    """Any operand as a symbolic word. Raises `Unfaithful` for an int outside 64 bits."""
-    if isinstance(value, SymWord):
+    """Any operand as a symbolic word. Raises `Unfaithful` for what is none of 64 bits."""
+    if type(value) is SymWord:
         return value
-    if isinstance(value, SymBool):
-        return SymWord(z3.If(value.term, z3.BitVecVal(1, 64), z3.BitVecVal(0, 64)), 1, 0)
-    if isinstance(value, int):
-        if not 0 <= value <= WORD:
-            raise Unfaithful(f"the constant {value:#x} is not an unsigned 64-bit word")
-        return SymWord(z3.BitVecVal(value, 64), int(value), int(value))
-    if isinstance(value, Complement):
-        raise Unfaithful("a complement is used other than and'ed with a word")
-    raise TypeError(f"a {type(value).__name__} is not a word")
+    if type(value) is SymBool:
+        if value is YES or value is NO:
+            return _constant(int(value is YES))
+        return SymWord(z3.If(value.term, _constant(1).term, _constant(0).term), 1, 0)
+    if type(value) is Complement:
+        raise Unfaithful(_COMPLEMENT)
+    if not isinstance(value, int):
+        raise Unfaithful(f"a {type(value).__name__} is used as a word")
+    return _constant(int(value))
 
 
-def _make(term: z3.BitVecRef, may: int, must: int) -> Operand:
-    """A word of this term; a plain int if all of its bits are known."""
-    return may if may == must else SymWord(term, may, must)
+@lru_cache(maxsize=4096)
+def _constant(value: int) -> SymWord:
+    if not 0 <= value <= WORD:
+        raise Unfaithful(f"the constant {value:#x} is not an unsigned 64-bit word")
+    return SymWord(z3.BitVecVal(value, 64), value, value)
+
+
+def _make(term: z3.BitVecRef, may: int, must: int) -> SymWord:
+    """A word of this term; a constant if all of its bits are known."""
+    return _constant(may) if may == must else SymWord(term, may, must)
 
 
 def _ones(most: int) -> int:
@@ -312,11 +422,7 @@ class SymMemory:
         where = word(address)
         if where.may & 7:
             _running().require(where.term & 7 == 0, "a load may be unaligned")
-        below = where < self.limit
-        if not isinstance(below, bool):
-            _running().require(below.term, "a load may be outside memory")
-        elif not below:
-            raise Unfaithful("a load is outside memory")
+        _running().require((where < self.limit).term, "a load may be outside memory")
         for at, given in self.given:
             if _running().always(where.term == at.term):
                 return given
@@ -375,6 +481,8 @@ class Explorer(Nondet):
         self.draws: dict[str, Any] = {}
         self.memories: list[SymMemory] = []
         self.reached: set[str] = set()
+        self.told = False
+        self.stopped: Stop | None = None
         self.known: dict[int, bool] = {}
         self.simplified: dict[int, tuple[z3.BoolRef, z3.BoolRef, bool]] = {}
         self.witness: z3.ModelRef | None = None
@@ -388,34 +496,39 @@ class Explorer(Nondet):
     def word(self, name: str, domain: Domain = domains.ANY) -> Any:
         """A fresh symbol that ranges over the domain."""
         domain = self.narrow.get(name, domain)
-        if name in self.draws:
-            raise ValueError(f"two draws are named {name}: give each its own name")
+        values = (domain.free, domain.fixed, *domain.among)
+        if min(values) < 0 or max(values) > WORD:
+            raise Unfaithful(f"the domain of {name} is not of 64-bit words")
         if self.pins is not None:
             value = self.pins.get(name, domain.representatives()[0])
-            self.draws[name] = z3.BitVecVal(value, 64)
             if not domain.holds(value):
                 raise Reject
-            return value
-        if domain.among and len(domain.among) == 1:
-            self.draws[name] = z3.BitVecVal(domain.among[0], 64)
-            return domain.among[0]
-        symbol = z3.BitVec(name, 64)
+            return SymWord(self._drawn(name, z3.BitVecVal(value, 64)))
         if domain.among:
-            may = 0
-            must = WORD
-            for value in domain.among:
-                may, must = may | value, must & value
-            result: Any = SymWord(symbol, may, must)
-            self.draws[name] = symbol
-            low, high = min(domain.among), max(domain.among)
-            if sorted(domain.among) == list(range(low, high + 1)):
-                self._assume(z3.And(z3.UGE(symbol, low), z3.ULE(symbol, high)))
-            else:
-                self._assume(z3.Or(*(symbol == value for value in domain.among)))
-            return result
-        term = symbol & domain.free | domain.fixed if domain.free != WORD else symbol
+            return self._among(name, domain.among)
+        symbol = z3.BitVec(name, 64)
+        any_word = domain.free == WORD and not domain.fixed
+        term = symbol if any_word else symbol & domain.free | domain.fixed
+        return _make(self._drawn(name, term), domain.free | domain.fixed, domain.fixed)
+
+    def _among(self, name: str, values: tuple[int, ...]) -> SymWord:
+        symbol = self._drawn(name, z3.BitVec(name, 64))
+        may, must = 0, WORD
+        for value in values:
+            may, must = may | value, must & value
+        low, high = min(values), max(values)
+        if len(set(values)) == high - low + 1:
+            self._assume(z3.And(z3.UGE(symbol, low), z3.ULE(symbol, high)))
+        else:
+            self._assume(z3.Or(*(symbol == value for value in values)))
+        return _make(symbol, may, must)
+
+    def _drawn(self, name: str, term: z3.BitVecRef) -> z3.BitVecRef:
+        """Keep the term of a draw."""
+        if name in self.draws:
+            raise Unfaithful(f"two draws are named {name}: give each its own name")
         self.draws[name] = term
-        return _make(term, domain.free | domain.fixed, domain.fixed)
+        return term
 
     def one_of(self, name: str, options: Sequence[T]) -> T:
         """Each option in turn, on its own path."""
@@ -425,32 +538,25 @@ class Explorer(Nondet):
                 raise Reject
         else:
             chosen = self._decide(CHOICE, [z3.BoolVal(True)] * len(options))
-        self.draws[name] = z3.BitVecVal(chosen, 64)
+        self._drawn(name, z3.BitVecVal(chosen, 64))
         return options[chosen]
 
     def memory(self, name: str, given: Sequence[tuple[Any, Any]] = ()) -> Any:
         """A fresh SMT array."""
         memory = SymMemory(name, self.word(f"{name}.limit", domains.LIMIT))
         if self.pins is not None:
-            prefix = f"{name}["
-            for draw, value in self.pins.items():
-                if draw.startswith(prefix):
-                    memory.array = z3.Store(memory.array, int(draw[len(prefix) : -1], 16), value)
+            memory.array = _pinned(name, self.pins, given)
         for address, value in given:
             self.assume(address < memory.limit)
-            self.assume(memory.load(address) == value)
+            self._assume(z3.simplify((memory.load(address) == value).term))
             memory.given.append((word(address), value))
         memory.loads.clear()
         self.memories.append(memory)
         return memory
 
     def assume(self, condition: Any) -> None:
-        """Add a condition to the path; the path ends here if it cannot hold."""
-        if isinstance(condition, SymWord):
-            condition = condition != 0
-        if isinstance(condition, SymBool):
-            self._assume(z3.simplify(condition.term))
-        elif not condition:
+        """Go on where the condition holds. Where it does not, another path ends here."""
+        if not condition:
             raise Reject
 
     def reach(self, label: str) -> None:
@@ -584,12 +690,12 @@ class Explorer(Nondet):
         """Run `function` on every feasible path. A failed assertion ends its path, not the run.
 
         Stops after the first path with a failure, which is then the last; `model` gives its values.
-        Raises `Unfaithful`, `Undecided`, `NotDeterministic`, or whatever `function` raises.
+        Raises `Unfaithful`, `Undecided`, `NotDeterministic`, or whatever else `function` raises.
         """
         global _explorer  # noqa: PLW0603  (one exploration at a time)
         paths: list[Path] = []
         while True:
-            self.position = 0
+            self.position, self.told = 0, False
             self.draws, self.memories, self.reached, self.known = {}, [], set(), {}
             outer, _explorer = _explorer, self
             try:
@@ -601,8 +707,12 @@ class Explorer(Nondet):
                 path = self._path(pruned=False, failure=str(error) or "the claim does not hold")
             finally:
                 _explorer = outer
+            if self.stopped is not None:
+                raise self.stopped
             if self.position < len(self.trail):
                 raise NotDeterministic("a re-run ended before its last decision")
+            if self.told and path.failure is None:
+                raise Unfaithful("the text of a word may have been compared: its path goes on")
             paths.append(path)
             self.on_path(len(paths))
             if path.failure is not None or not self._next_path():
@@ -643,6 +753,19 @@ class Explorer(Nondet):
             entries = {value(a): value(v) for a, v in memory.loads}
             draws += [(f"{memory.name}[{a:#x}]", v) for a, v in entries.items()]
         return draws
+
+
+def _pinned(
+    memory: str, pins: dict[str, int], given: Sequence[tuple[Operand, Operand]]
+) -> z3.ArrayRef:
+    """A memory of just these entries, and 0 elsewhere."""
+    array = z3.K(z3.BitVecSort(64), _constant(0).term)
+    for name, value in pins.items():
+        if name.startswith(f"{memory}["):
+            array = z3.Store(array, int(name[len(memory) + 1 : -1], 16), value)
+    for address, entry in given:
+        array = z3.Store(array, word(address).term, word(entry).term)
+    return array
 
 
 def _same(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:

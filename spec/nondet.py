@@ -60,7 +60,7 @@ class Nondet(ABC):
         that follows from it ends the run here; others go on.
         """
 
-    def words(self, draws: Sequence[tuple[str, Domain]]) -> list[Word]:
+    def words(self, draws: Sequence[tuple[str, Domain]]) -> Sequence[Word]:
         """Any words of these domains, by name."""
         return [self.word(name, domain) for name, domain in draws]
 

@@ -20,7 +20,7 @@ class Update(NamedTuple):
     bits: Word
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Translated:
     """The access goes to physical address `pa`, through a page mapped at `level` (1, 2 or 3).
 
@@ -33,7 +33,7 @@ class Translated:
     updates: tuple[Update, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PageFault:
     """#PF with this error code.
 
@@ -46,12 +46,12 @@ class PageFault:
     open_bits: Word = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NonCanonical:
     """The linear address is not canonical: #GP(0), or #SS(0) for a stack access."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OutsideMemory:
     """The walk needs the entry at this physical address, where the machine has no memory."""
 

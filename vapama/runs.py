@@ -30,6 +30,9 @@ class OutsideRead(AssertionError):
     """A walk read an address that memory does not hold, or an unaligned one."""
 
 
+NOT_NARROWED: Mapping[str, Domain] = {}
+
+
 class LazyMemory:
     """A memory whose entries are drawn when a walk first reads them."""
 
@@ -53,8 +56,9 @@ class Concrete(Nondet):
     """Draws of ints, recorded in order in `trail`."""
 
     def __init__(self, narrow: Mapping[str, Domain] | None = None) -> None:
-        self.narrow = narrow or {}
-        self.trail: list[tuple[DrawName, int]] = []
+        self.narrow = narrow or NOT_NARROWED
+        self.trail: list[tuple[Any, Any]] = []
+        """Names and values as they were drawn; of several at once a tuple of each."""
         self.reached: set[str] = set()
 
     def draw(self, name: DrawName, domain: Domain) -> int:
@@ -106,7 +110,13 @@ class Concrete(Nondet):
 
     def draws(self) -> list[tuple[str, int]]:
         """The trail with its names spelled out, as a Case holds it."""
-        return [(spelled(name), value) for name, value in self.trail]
+        spelled_out: list[tuple[str, int]] = []
+        for name, value in self.trail:
+            if isinstance(value, tuple):
+                spelled_out += zip(name, value, strict=True)
+            else:
+                spelled_out.append((spelled(name), value))
+        return spelled_out
 
 
 class Replay(Concrete):
@@ -342,5 +352,5 @@ def _simpler(value: int) -> Iterator[int]:
 
 def _size(run: Replay) -> tuple[int, int, int]:
     """How complex a run is: number of draws, bits set in them, sum of the values."""
-    values = [value for _, value in run.trail]
+    values = [value for _, value in run.draws()]
     return len(values), sum(value.bit_count() for value in values), sum(values)
