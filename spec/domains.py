@@ -111,6 +111,8 @@ def entry_of(raw: int) -> Word:
         entry |= 0x80
         entry ^= (raw >> 20 & 0xF) << 12
         entry |= (raw >> 36 & 1) << 12 | (raw >> 20 & 0xF) << (21 if how & 0x20 else 30)
+        if raw >> 60 == 0xF:
+            entry |= 1 << 13 + (raw >> 37) % 17
     if how & 0xF0 == 0x30:
         entry |= 1 << 63
     if raw >> 59 == 1:
