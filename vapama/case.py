@@ -4,6 +4,7 @@ Every engine writes its counterexamples as Cases and replays those of the others
 into tests/regressions/ is a test.
 """
 
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -36,9 +37,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
     def save(self, directory: Path) -> Path:
-        """Write the Case under `directory`, named for its invariant and content; returns where."""
+        """Write the Case under `directory`, named for its invariant and draws; returns where."""
         directory.mkdir(parents=True, exist_ok=True)
-        digest = sum(hash(draw) for draw in self.values().items()) & 0xFFFFFFFF
+        digest = zlib.crc32(msgspec.json.encode((self.subject, self.draws)))
         path = directory / f"{self.invariant}-{digest:08x}.json"
         path.write_bytes(self.to_json())
         return path
