@@ -228,7 +228,7 @@ def mappings_array(
     scratch = [np.zeros(6, dtype=np.uint64) for _ in range(2)]
     mode, _, cr3, _, _ = controls(long_mode, cpu)
     count = compiled(long_mode.enumerate_mappings)(
-        image, *_words(len(image), mode, cr3), *scratch, *found
+        image, *_words(len(image), mode, cr3), *scratch, *_words(room), *found
     )
     addresses, levels, entries = (array[: min(int(count), room)] for array in found)
     return addresses, levels, entries

@@ -57,7 +57,8 @@ class Domain:
 
     def __post_init__(self) -> None:
         # A closure of its own for each domain: decoding is what random runs spend most time on.
-        size = 1 if self.among else 16 if self.bias else (self.free.bit_length() + 7) >> 3
+        greatest = len(self.among) - 1 if self.among else self.free
+        size = 16 if self.bias else max(1, (greatest.bit_length() + 7) >> 3)
         object.__setattr__(self, "raw_bytes", size)
         object.__setattr__(self, "decode", _decoder(self))
 
@@ -70,7 +71,7 @@ class Domain:
     def encode(self, value: Word) -> bytes:
         """Raw bytes that decode to `value`, a value of the domain."""
         if self.among:
-            return bytes([self.among.index(value)])
+            return self.among.index(value).to_bytes(self.raw_bytes, "little")
         if self.bias is not None:
             return bytes([ESCAPE] * 8) + value.to_bytes(8, "little")
         return (value & self.free).to_bytes(self.raw_bytes, "little")
@@ -84,8 +85,8 @@ class Domain:
 def _decoder(domain: Domain) -> Callable[[int], Word]:
     free, fixed, among, bias = domain.free, domain.fixed, domain.among, domain.bias
     if among:
-        count = len(among)
-        return lambda raw: among[(raw & 0xFF) % count]
+        count, mask = len(among), (1 << (domain.raw_bytes << 3)) - 1
+        return lambda raw: among[(raw & mask) % count]
     if bias is None:
         return lambda raw: fixed | raw & free
     return lambda raw: bias(raw & WORD) if raw & 0xFF != ESCAPE else fixed | raw >> 64 & free

@@ -3,7 +3,7 @@
 numba gives a uint64 combined with a literal the type int64, whose right shifts and comparisons are
 signed. So each kernel is compiled from a copy whose literals and global constants are uint64, and
 whose calls to other kernels go to their compiled forms: what runs then is exactly the unsigned
-64-bit arithmetic that the proofs are about.
+64-bit arithmetic that the proofs are about. (`len` stays signed, and only bounds loops.)
 """
 
 import types

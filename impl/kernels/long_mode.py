@@ -55,10 +55,6 @@ class Store(Words, Protocol):
         """Put `word` at `index`."""
 
 
-class Table(Row, Store, Protocol):
-    """Words to read, write and count."""
-
-
 def mode_word(cr0: Word, cr4: Word, efer: Word, rflags: Word, page1gb: Word) -> Word:
     """The control bits that a walk needs, packed into one word."""
     return (
@@ -242,17 +238,18 @@ def enumerate_mappings(
     cr3: Word,
     next_index: Store,
     tables: Store,
-    found_address: Table,
+    room: Word,
+    found_address: Store,
     found_level: Store,
     found_entry: Store,
 ) -> Word:
     """Every page mapped by present entries from CR3 down, in the order of linear addresses.
 
-    `next_index` and `tables` are scratch of 6 words, by level. Stops when the `found_` arrays are
-    full: returns the number of pages that the tables map, up to one more than there was room for.
+    `next_index` and `tables` are scratch of 6 words, by level. Stops when the `found_` arrays, of
+    `room` words each, are full: returns the number of pages that the tables map, up to one more
+    than there was room for.
     Tables that memory does not hold whole map nothing; rights and reserved bits are not checked.
     """
-    room = len(found_address)
     count = 0
     top = 4 + (mode >> MODE_LA57 & 1)
     level = top

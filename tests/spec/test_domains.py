@@ -1,0 +1,113 @@
+"""Domains: every form of a domain describes the same values."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vapama.oracles.unicorn import NARROW
+from vapama.spec import domains
+from vapama.spec.domains import ESCAPE, Domain
+from vapama.spec.invariants.rights import RIGHTS, WHICH
+from vapama.spec.invariants.walk import DIFFERENCE
+from vapama.spec.words import WORD
+
+DOMAINS = {
+    **{name: value for name, value in vars(domains).items() if isinstance(value, Domain)},
+    "RIGHTS": RIGHTS,
+    "WHICH": WHICH,
+    "DIFFERENCE": DIFFERENCE,
+    **{f"Unicorn's {name}": domain for name, domain in NARROW.items()},
+}
+every_domain = pytest.mark.parametrize("domain", DOMAINS.values(), ids=DOMAINS)
+
+
+def members(domain: Domain) -> st.SearchStrategy[int]:
+    if domain.among:
+        return st.sampled_from(domain.among)
+    free = st.integers(0, WORD) | st.sampled_from([0, WORD])
+    plain = free.map(lambda x: domain.fixed | x & domain.free)
+    return plain | st.binary(min_size=16, max_size=16).map(
+        lambda raw: domain.decode(int.from_bytes(raw, "little"))
+    )
+
+
+@every_domain
+@given(raw=st.integers(0, (1 << 128) - 1))
+def test_what_is_decoded_is_a_member(domain: Domain, raw: int) -> None:
+    assert domain.holds(domain.decode(raw))
+
+
+@every_domain
+@given(data=st.data())
+def test_every_member_decodes_from_its_encoding(domain: Domain, data: st.DataObject) -> None:
+    value = data.draw(members(domain))
+    raw = domain.encode(value)
+    assert len(raw) == domain.raw_bytes
+    assert domain.decode(int.from_bytes(raw, "little")) == value
+
+
+@every_domain
+@given(raw=st.integers(0, (1 << 128) - 1), above=st.integers(1, 1 << 64))
+def test_only_the_low_bytes_count(domain: Domain, raw: int, above: int) -> None:
+    low = raw & (1 << 8 * domain.raw_bytes) - 1
+    assert domain.decode(low | above << 8 * domain.raw_bytes) == domain.decode(low)
+
+
+@every_domain
+@pytest.mark.parametrize("width", [None, 1, 2, 5])
+def test_representatives_are_different_members(domain: Domain, width: int | None) -> None:
+    representatives = domain.representatives(width)
+    assert all(map(domain.holds, representatives))
+    assert len(set(representatives)) == len(representatives) > 0
+    if width and domain.scope:
+        assert len(representatives) <= width
+
+
+@every_domain
+@given(value=st.integers(-WORD, 2 * WORD))
+def test_a_value_is_held_just_if_it_can_be_composed(domain: Domain, value: int) -> None:
+    if domain.among:
+        assert domain.holds(value) == (value in domain.among)
+    else:
+        free, fixed = domain.free, domain.fixed
+        assert domain.holds(value) == (0 <= value <= WORD and value == fixed | value & free)
+
+
+@pytest.mark.parametrize(
+    ("domain", "outside"),
+    [
+        (domains.FLAG, 2),
+        (domains.LIMIT, 0x1008),
+        (domains.LIMIT, 1 << 52),
+        (domains.CR0, 0),
+        (domains.CR4, domains.CR4.fixed | 1 << 23),
+        (domains.MAXPHYADDR, 60),
+        (domains.ACCESS, 18),
+        (domains.ANY, 1 << 64),
+        (domains.ANY, -1),
+    ],
+)
+def test_other_values_are_not_held(domain: Domain, outside: int) -> None:
+    assert not domain.holds(outside)
+
+
+def test_a_biased_domain_still_gives_any_of_its_values() -> None:
+    anything = 0x0123_4567_89AB_CDE0
+    assert domains.ENTRY.decode(anything << 64 | ESCAPE) == anything
+
+
+def test_the_bias_of_entries_is_towards_present_tables_in_a_small_pool() -> None:
+    drawn = [domains.ENTRY.decode(n * 0x9E37_79B9_7F4A_7C15 % (1 << 128)) for n in range(4096)]
+    assert sum(entry & 1 for entry in drawn) > 0.9 * len(drawn)
+    pool = {entry >> 12 & 0xFF_FFFF_FFFF for entry in drawn if not entry & 0x80}
+    assert set(range(domains.FRAMES)) <= pool
+
+
+@pytest.mark.parametrize(
+    "count",
+    [1, 256, 257, 300],
+)
+def test_every_option_of_a_domain_can_be_drawn(count: int) -> None:
+    domain = Domain(among=tuple(range(count)))
+    decoded = {domain.decode(int.from_bytes(domain.encode(n), "little")) for n in range(count)}
+    assert decoded == set(range(count))
