@@ -31,6 +31,8 @@ LONGEST = 300
 RANDOM_SEEDS = 100
 ENDED_BY_TIME, FAILED, HUNG = 0, 77, 70
 Progress = Callable[[int], None]
+Counts = tuple[dict[str, int], dict[str, int]]
+"""Runs, and runs that met the assumptions, by invariant."""
 
 
 def unavailable() -> str:
@@ -55,6 +57,7 @@ class Campaign:
         self.seconds, self.seed, self.hang_seconds = seconds, seed, hang_seconds
         self.corpus = corpus
         self.runs = {i.name: 0 for i in invariants}
+        self.met = {i.name: 0 for i in invariants}
         self.reached: dict[str, set[str]] = {i.name: set() for i in invariants}
         self.failed: dict[str, FailedRun] = {}
         self.known: dict[str, int] = {}
@@ -94,7 +97,8 @@ class Campaign:
             "-print_final_stats=1",
             *([f"-seed={self.seed + 1}"] if self.seed is not None else []),
         ]
-        start, before, told = time.monotonic(), dict(self.runs), 0
+        start, told = time.monotonic(), 0
+        before = dict(self.runs), dict(self.met)
         command = [sys.executable, "-m", "vapama.atheris_target", json.dumps(job)]
         with log.open("wb") as stderr:
             process = subprocess.Popen(
@@ -122,7 +126,7 @@ class Campaign:
             errors = [line for line in text.splitlines() if "Error" in line] or [text[-200:]]
             self.trouble = f"libFuzzer ended with status {process.returncode}: {errors[-1].strip()}"
 
-    def _listen(self, out: Path, told: int, before: dict[str, int]) -> int:
+    def _listen(self, out: Path, told: int, before: Counts) -> int:
         """Take in the events from byte `told` on; returns how far it read."""
         with out.open() as events:
             events.seek(told)
@@ -133,13 +137,15 @@ class Campaign:
                 self._hear(json.loads(line), before)
         return told
 
-    def _hear(self, event: dict[str, Any], before: dict[str, int]) -> None:
+    def _hear(self, event: dict[str, Any], before: Counts) -> None:
         if "failed" in event:
             draws = [(name, value) for name, value in event["draws"]]
             self.failed[event["failed"]] = Failure(event["why"]), draws
             return
-        for name, count in event["runs"].items():
-            self.runs[name] = before[name] + count
+        runs, met = before
+        for name in event["runs"]:
+            self.runs[name] = runs[name] + event["runs"][name]
+            self.met[name] = met[name] + event["met"][name]
         for name, labels in event["reached"].items():
             self.reached[name] |= set(labels)
         self.known, self.told_seconds = event["known"], event["seconds"]
@@ -176,7 +182,8 @@ class Campaign:
             verdict.status, verdict.why = UNDECIDED, self.trouble
             return verdict
         reached = self.reached[invariant.name]
-        return conclude(verdict, invariant, self.subject, reached, failed, self.hang_seconds)
+        met = self.met[invariant.name]
+        return conclude(verdict, invariant, self.subject, reached, met, failed, self.hang_seconds)
 
 
 def run(
@@ -229,13 +236,17 @@ def plant(
     for number, case in enumerate(seeds):
         if case.invariant in names:
             which = names.index(case.invariant)
-            data = encoded(invariants[which], case, subject)
-            (corpus / f"case-{number}").write_bytes(addressed(data, which, len(names)))
+            with contextlib.suppress(Reject):
+                data = encoded(invariants[which], case, subject)
+                (corpus / f"case-{number}").write_bytes(addressed(data, which, len(names)))
 
 
 def encoded(invariant: Invariant, case: Case, subject: Guarded) -> bytes:
-    """The bytes from which `ByteDraws` decodes the Case's draws."""
+    """The bytes from which `ByteDraws` decodes the Case's draws.
+
+    Raises `Reject` if the Case breaks an assumption, or has a value that no draw can have.
+    """
     encoder = Encoder(case.values(), subject.capabilities.narrow)
-    with contextlib.suppress(Reject, KnownDeparture):
+    with contextlib.suppress(KnownDeparture):
         attempt(invariant, encoder, subject)
     return bytes(encoder.encoded)

@@ -11,6 +11,7 @@ from random import Random
 from vapama.runs import Concrete, DrawName, recorded
 from vapama.spec import domains
 from vapama.spec.domains import Domain
+from vapama.spec.nondet import Reject
 
 decode_entry = domains.ENTRY.decode
 
@@ -35,6 +36,8 @@ class Decoded(Concrete):
         key = id(draws), id(self.narrow)
         group = GROUPS.get(key)
         if group is None:
+            if len(GROUPS) == MOST_GROUPS:
+                return super().words(draws)
             group = GROUPS[key] = Group(draws, self.narrow)
         values = group.decode(self.take(group.raw_bytes))
         self.trail.append((group.names, values))
@@ -74,7 +77,9 @@ class Group:
 
 
 GROUPS: dict[tuple[int, int], Group] = {}
-"""By the ids of draws and narrowing, which last as long as the program."""
+"""By the ids of draws and narrowing, which the groups keep alive; at most `MOST_GROUPS`, so that
+draws made anew for each run are decoded one by one."""
+MOST_GROUPS = 64
 
 
 class RandomDraws(Decoded):
@@ -135,5 +140,7 @@ class Encoder(Concrete):
     def choose(self, name: str, count: int) -> int:
         """The Case's index."""
         value = self.values.get(name, 0)
+        if value >= count:
+            raise Reject
         self.encoded += value.to_bytes(2, "little")
         return value

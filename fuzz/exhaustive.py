@@ -6,6 +6,7 @@ passed over. `Nondet.seen` lets an invariant over machine states cut what was ex
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 
 from vapama.fuzz.random_engine import Failed as FailedRun
@@ -119,21 +120,24 @@ def run(
     """
     start = time.monotonic()
     nondet = Enumeration(subject.capabilities.narrow, width)
-    runs, complete = 0, False
+    runs, rejected, complete = 0, 0, False
+    known: Counter[str] = Counter()
     failed: FailedRun | None = None
     with hang_guard(hang_seconds) as alive:
         while runs < most_runs and failed is None and not complete:
+            alive()
             nondet.restart()
             runs += 1
             try:
                 failure = attempt(invariant, nondet, subject)
                 if failure is not None:
                     failed = failure, nondet.draws()
-            except (Reject, KnownDeparture):
-                pass
+            except Reject:
+                rejected += 1
+            except KnownDeparture as departure:
+                known[str(departure)] += 1
             complete = not nondet.advance()
             if runs & 255 == 0:
-                alive()
                 progress(runs)
     verdict = Verdict(
         invariant=invariant.name,
@@ -142,10 +146,11 @@ def run(
         status=HELD,
         seconds=time.monotonic() - start,
         executions=runs,
+        known=dict(known),
         detail=f"all {runs:,} cases of width {width}"
         + (f", {len(nondet.states)} states" if nondet.states else ""),
     )
-    conclude(verdict, invariant, subject, nondet.reached, failed, hang_seconds)
+    conclude(verdict, invariant, subject, nondet.reached, runs - rejected, failed, hang_seconds)
     if failed is None and not complete:
         verdict.status = UNDECIDED
         verdict.why = f"more than {most_runs:,} cases: give a larger --budget"

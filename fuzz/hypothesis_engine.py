@@ -51,11 +51,11 @@ def run(
     start = time.monotonic()
     known: Counter[str] = Counter()
     reached: set[str] = set()
-    count = 0
+    count = met = 0
     last: FailedRun | None = None
 
     def one(nondet: Concrete) -> None:
-        nonlocal count, last
+        nonlocal count, met, last
         count += 1
         try:
             failure = attempt(invariant, nondet, subject)
@@ -63,9 +63,11 @@ def run(
             return
         except KnownDeparture as departure:
             known[str(departure)] += 1
+            met += 1
             return
         finally:
             alive()
+        met += 1
         reached.update(nondet.reached)
         if failure is not None:
             last = failure, nondet.draws()
@@ -104,4 +106,4 @@ def run(
         known=dict(known),
         detail=f"{count:,} examples",
     )
-    return conclude(verdict, invariant, subject, reached, last, hang_seconds)
+    return conclude(verdict, invariant, subject, reached, met, last, hang_seconds)

@@ -39,8 +39,7 @@ def run(
     start = time.monotonic()
     with hang_guard(hang_seconds) as alive:
         while search.failed is None and search.wants_more(time.monotonic() - start, seconds):
-            search.batch(BATCH)
-            alive()
+            search.batch(BATCH, alive)
             progress(search.executions)
     spent = time.monotonic() - start
     return search.verdict(ENGINE, spent, hang_seconds)
@@ -64,10 +63,11 @@ class Search:
         complete = self.nondet.reached.issuperset(self.invariant.reaches)
         return not complete and spent < PATIENCE * seconds
 
-    def batch(self, count: int) -> None:
-        """So many runs, or fewer if one fails."""
+    def batch(self, count: int, alive: Callable[[], None] = lambda: None) -> None:
+        """So many runs, or fewer if one fails. `alive` is called before each."""
         nondet, trail = self.nondet, self.nondet.trail
         for _ in range(count):
+            alive()
             trail.clear()
             self.executions += 1
             try:
@@ -98,6 +98,7 @@ class Search:
             self.invariant,
             self.subject,
             self.nondet.reached,
+            self.executions - self.rejected,
             self.failed,
             hang_seconds,
         )
@@ -108,11 +109,13 @@ def conclude(
     invariant: Invariant,
     subject: Guarded,
     reached: set[str],
+    met: int,
     failed: Failed | None,
     hang_seconds: float = 10.0,
 ) -> Verdict:
     """A verdict completed by what happened: the failure (and its draws), shrunk, if there was
-    one; undecided if the runs did not reach all that the invariant is to reach.
+    one; undecided if the runs did not reach all that the invariant is to reach, or none of them met
+    its assumptions (`met` is how many did).
     """
     if failed is not None:
         failure, draws = failed
@@ -128,6 +131,8 @@ def conclude(
             verdict.status = UNDECIDED
             verdict.why = f"failed once and not when replayed: {verdict.why}"
         return verdict
+    if not met:
+        verdict.status, verdict.why = UNDECIDED, "no run met its assumptions"
     missing = [label for label in invariant.reaches if label not in reached]
     if missing:
         verdict.status, verdict.why = UNDECIDED, f"never reached: {', '.join(missing)}"

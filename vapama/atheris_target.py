@@ -42,6 +42,7 @@ class Target:
         self.reached: dict[str, set[str]] = {i.name: set() for i in self.invariants}
         self.known: Counter[str] = Counter()
         self.runs = [0] * len(self.invariants)
+        self.rejected = [0] * len(self.invariants)
         self.total = 0
         self.start = time.monotonic()
 
@@ -56,6 +57,7 @@ class Target:
         try:
             failure = attempt(invariant, nondet, self.subject)
         except Reject:
+            self.rejected[which] += 1
             failure = None
         except KnownDeparture as departure:
             self.known[str(departure)] += 1
@@ -70,9 +72,11 @@ class Target:
     def report(self) -> None:
         """Tell the parent how far this is."""
         names = [i.name for i in self.invariants]
+        met = [runs - rejected for runs, rejected in zip(self.runs, self.rejected, strict=True)]
         self.tell(
             {
                 "runs": dict(zip(names, self.runs, strict=True)),
+                "met": dict(zip(names, met, strict=True)),
                 "reached": {name: sorted(labels) for name, labels in self.reached.items()},
                 "known": self.known,
                 "seconds": time.monotonic() - self.start,

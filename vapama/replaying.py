@@ -45,19 +45,20 @@ class Answer:
     text: str
 
 
+BREAKS = Answer(SAYS_NOTHING, "says nothing: the Case breaks an assumption")
+
+
 def replay_everywhere(path: Path, subject_name: str | None = None) -> dict[str, Answer]:
     """A Case replayed by each engine: from its values, from the bytes that the fuzzers decode,
     along the exhaustive engine's choices, and on the symbolic engine with its draws pinned.
     """
     case, invariant, subject = _load(path, subject_name)
     narrow = subject.capabilities.narrow
-    data = atheris_engine.encoded(invariant, case, subject)
-    runs: dict[str, Concrete] = {
-        "hypothesis": Replay(case.values(), narrow),
-        "atheris": ByteDraws(data, narrow),
-        "exhaustive": Scripted(case.values(), narrow),
+    answers = {
+        "hypothesis": _concrete(invariant, Replay(case.values(), narrow), subject),
+        "atheris": _from_bytes(invariant, case, subject),
+        "exhaustive": _concrete(invariant, Scripted(case.values(), narrow), subject),
     }
-    answers = {engine: _concrete(invariant, run, subject) for engine, run in runs.items()}
     if subject.capabilities.symbolic:
         answers["z3"] = _symbolic(invariant, subject, case)
     return answers
@@ -82,7 +83,7 @@ def _concrete(invariant: Invariant, run: Concrete, subject: Guarded) -> Answer:
         with hang_guard(HANG_SECONDS):
             failure = attempt(invariant, run, subject)
     except Reject:
-        return Answer(SAYS_NOTHING, "says nothing: the Case breaks an assumption")
+        return BREAKS
     except KnownDeparture as departure:
         return Answer(HOLDS, f"holds but for a known departure: {departure}")
     if failure is None:
@@ -90,11 +91,20 @@ def _concrete(invariant: Invariant, run: Concrete, subject: Guarded) -> Answer:
     return Answer(FAILS, f"fails: {failure.message}")
 
 
+def _from_bytes(invariant: Invariant, case: Case, subject: Guarded) -> Answer:
+    try:
+        with hang_guard(HANG_SECONDS):
+            data = atheris_engine.encoded(invariant, case, subject)
+    except Reject:
+        return BREAKS
+    return _concrete(invariant, ByteDraws(data, subject.capabilities.narrow), subject)
+
+
 def _symbolic(invariant: Invariant, subject: Guarded, case: Case) -> Answer:
     try:
         failure = replay_pinned(invariant, subject, case)
     except Reject:
-        return Answer(SAYS_NOTHING, "says nothing: the Case breaks an assumption")
+        return BREAKS
     except Unfaithful as error:
         return Answer(FAILS, f"fails: {error}")
     except (SubjectRaised, SubjectHung) as error:

@@ -18,7 +18,7 @@ from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import Invariant, Nondet, Reject
-from vapama.spec.outcomes import Outcome
+from vapama.spec.outcomes import NonCanonical, Outcome, OutsideMemory, PageFault, Translated
 from vapama.spec.paging import translate
 from vapama.spec.subject import Capabilities, NotCovered, agree
 
@@ -150,6 +150,9 @@ def recorded(values: Mapping[str, int], name: DrawName, domain: Domain) -> int:
     return value
 
 
+OUTCOMES = frozenset({Translated, PageFault, NonCanonical, OutsideMemory})
+
+
 class SubjectRaised(BaseException):
     """The subject itself raised: a failure of the subject, whatever the invariant claims."""
 
@@ -185,6 +188,8 @@ class Guarded:
             raise Reject from None
         except Exception as error:
             raise SubjectRaised(_in_one_line(error)) from error
+        if type(outcome) not in OUTCOMES:
+            raise SubjectRaised(f"nothing, but returned {outcome!r}, which is not an outcome"[:200])
         if self._keep:
             self.calls.append((cpu, memory, access, outcome))
         return outcome
