@@ -31,7 +31,10 @@ def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:
     """Add a test for each invariant and subject asked for."""
-    for name in config.getoption("--vapama-subject"):
+    names = config.getoption("--vapama-subject")
+    if names and not __debug__:
+        raise pytest.UsageError("run Python without -O: the invariants are asserts")
+    for name in names:
         from vapama.case import BadInput
         from vapama.spec.nondet import load_invariants
         from vapama.subjects import load_subject

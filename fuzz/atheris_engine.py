@@ -60,6 +60,7 @@ class Campaign:
         self.met = {i.name: 0 for i in invariants}
         self.reached: dict[str, set[str]] = {i.name: set() for i in invariants}
         self.failed: dict[str, FailedRun] = {}
+        self.broken: dict[str, str] = {}
         self.known: dict[str, int] = {}
         self.coverage = ""
         self.spent = self.fuzzed = self.told_seconds = 0.0
@@ -72,7 +73,7 @@ class Campaign:
             self.scratch = Path(scratch)
             while left and self.spent < self.seconds and not self.trouble:
                 self._once(left, progress)
-                left = [i for i in left if i.name not in self.failed]
+                left = [i for i in left if i.name not in {*self.failed, *self.broken}]
         return [self._verdict(i) for i in self.invariants]
 
     @property
@@ -138,6 +139,9 @@ class Campaign:
         return told
 
     def _hear(self, event: dict[str, Any], before: Counts) -> None:
+        if "broken" in event:
+            self.broken[event["broken"]] = event["why"]
+            return
         if "failed" in event:
             draws = [(name, value) for name, value in event["draws"]]
             self.failed[event["failed"]] = Failure(event["why"]), draws
@@ -178,8 +182,9 @@ class Campaign:
             known=self.known,
         )
         failed = self.failed.get(invariant.name)
-        if failed is None and self.trouble:
-            verdict.status, verdict.why = UNDECIDED, self.trouble
+        trouble = self.broken.get(invariant.name) or self.trouble
+        if failed is None and trouble:
+            verdict.status, verdict.why = UNDECIDED, trouble
             return verdict
         reached = self.reached[invariant.name]
         met = self.met[invariant.name]

@@ -3,7 +3,9 @@
 The paths of an exploration, as lists of conditions, are put together into one formula that says:
 whatever the inputs, they follow one of these paths (or break an assumption on the way), and every
 obligation met on it holds. Its negation is given to a fresh solver, and as SMT-LIB text to a second
-one. Nothing of the explorer's bookkeeping is believed.
+one. Nothing of the explorer's bookkeeping is believed: which paths it followed, which sides of a
+branch it found impossible, which obligations met. What is believed are the conditions themselves,
+and that those which its known bits or z3's simplifier decide need no path.
 """
 
 import z3

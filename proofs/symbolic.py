@@ -89,9 +89,8 @@ class Symbol:
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refusal(_FOREIGN)
     __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _refusal(_FOREIGN)
 
-    @property
-    def __class__(self) -> type[int]:  # type: ignore[override]
-        return int
+    # To `isinstance` a word is an int, as it is without symbols.
+    __class__ = property(lambda symbol: int)
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(int, name):
@@ -229,7 +228,7 @@ class SymWord(Symbol):
 
     def __index__(self) -> int:
         value = self._only_value()
-        return super().__index__() if value is None else value  # type: ignore[no-any-return]
+        return super().__index__() if value is None else value
 
     def __format__(self, spec: str) -> str:
         value = self._only_value()
@@ -275,13 +274,10 @@ class SymBool(Symbol):
 
     __slots__ = ("term",)
     __hash__ = Symbol.__hash__
+    __class__ = property(lambda symbol: bool)
 
     def __init__(self, term: z3.BoolRef) -> None:
         self.term = term
-
-    @property
-    def __class__(self) -> type[bool]:  # type: ignore[override]
-        return bool
 
     def __bool__(self) -> bool:
         if self is YES or self is NO:
@@ -317,10 +313,11 @@ class SymBool(Symbol):
     def __ne__(self, other: object) -> Any:
         return _negated(self == other)
 
-    def __invert__(self) -> Complement:
-        return ~word(self)
+    def __xor__(self, other: Operand) -> Operand:
+        return word(self) ^ other if _condition(other) is None else self != other
 
-    __xor__, __rxor__ = _of_words("__xor__"), _of_words("__rxor__")
+    __rxor__ = __xor__
+    __invert__ = _refusal("~ of a condition is -1 or -2, never false: use `not`, or == False")
     __add__, __radd__ = _of_words("__add__"), _of_words("__radd__")
     __sub__, __rsub__ = _of_words("__sub__"), _of_words("__rsub__")
     __mul__, __rmul__ = _of_words("__mul__"), _of_words("__rmul__")
@@ -413,7 +410,8 @@ class SymMemory:
 
     def __init__(self, name: str, limit: Operand) -> None:
         self.name, self.limit = name, limit
-        self.array = z3.Array(name, z3.BitVecSort(64), z3.BitVecSort(64))
+        # Named apart, for a word may have the same name.
+        self.array = z3.Array(f"{name}[]", z3.BitVecSort(64), z3.BitVecSort(64))
         self.loads: list[tuple[z3.BitVecRef, z3.BitVecRef]] = []
         self.given: list[tuple[SymWord, Operand]] = []
 
@@ -451,8 +449,9 @@ class Decision:
 
 @dataclass(slots=True)
 class Path:
-    """A finished path: the conditions it took, whether an assumption cut it short, what it reached,
-    and what an assertion on it said if it failed.
+    """A finished path: what its run asked (the kind of decision, the conditions of the ways there
+    are) and which way it was told to go, whether an assumption cut it short, what it reached, and
+    what an assertion on it said if it failed.
     """
 
     decisions: list[tuple[str, list[z3.BoolRef], int]]
@@ -478,6 +477,7 @@ class Explorer(Nondet):
         self.trail: list[Decision] = []
         self.depth = 0
         self.position = 0
+        self.asked: list[tuple[str, list[z3.BoolRef], int]] = []
         self.draws: dict[str, Any] = {}
         self.memories: list[SymMemory] = []
         self.reached: set[str] = set()
@@ -642,6 +642,7 @@ class Explorer(Nondet):
                 if self.witness is not None and not z3.is_true(self.witness.eval(taken, True)):
                     self.witness = None
             self.depth += 1
+        self.asked.append((kind, options, decision.taken))
         return decision.taken
 
     def _new_decision(self, kind: str, options: list[z3.BoolRef]) -> Decision:
@@ -695,7 +696,7 @@ class Explorer(Nondet):
         global _explorer  # noqa: PLW0603  (one exploration at a time)
         paths: list[Path] = []
         while True:
-            self.position, self.told = 0, False
+            self.position, self.asked, self.told = 0, [], False
             self.draws, self.memories, self.reached, self.known = {}, [], set(), {}
             outer, _explorer = _explorer, self
             try:
@@ -719,8 +720,7 @@ class Explorer(Nondet):
                 return paths
 
     def _path(self, pruned: bool, failure: str | None = None) -> Path:
-        decisions = [(d.kind, d.options, d.taken) for d in self.trail]
-        return Path(decisions, pruned, self.reached, failure)
+        return Path(self.asked, pruned, self.reached, failure)
 
     def _next_path(self) -> bool:
         """Go back to the last decision with a way still open, and take it."""

@@ -62,6 +62,12 @@ class Target:
         except KnownDeparture as departure:
             self.known[str(departure)] += 1
             failure = None
+        except Exception as error:
+            # The invariant's own: no failure of the subject, and nothing to go on with.
+            why = f"the invariant raised {type(error).__name__}: {error}".splitlines()[0]
+            self.report()
+            self.tell({"broken": invariant.name, "why": why})
+            os._exit(FAILED)
         if failure is not None:
             self.report()
             self.tell({"failed": invariant.name, "why": failure.message, "draws": nondet.draws()})

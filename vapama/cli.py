@@ -29,8 +29,8 @@ app = typer.Typer(
     help="Is my address translation right? Checks it against an executable specification.",
     epilog="Exit status: 0 all held, 1 a counterexample, 2 bad input or usage, 3 undecided.",
 )
-console = Console(highlight=False)
-notes = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)
+notes = Console(stderr=True, highlight=False, emoji=False)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Invariants by name; all by default.")]
 Subject = Annotated[
@@ -44,11 +44,12 @@ CASES = Path("vapama-cases")
 def main() -> None:
     """Run the command line, with bad input told in one line."""
     if not __debug__:
-        sys.exit("vapama: run Python without -O: the invariants are asserts")
+        notes.print("vapama: run Python without -O: the invariants are asserts", soft_wrap=True)
+        sys.exit(EXIT_BAD_INPUT)
     try:
         app()
     except BadInput as error:
-        notes.print(f"vapama: {error}", soft_wrap=True, markup=False)
+        notes.print(f"vapama: {' '.join(str(error).split())}", soft_wrap=True, markup=False)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         notes.print("vapama: interrupted")
@@ -91,10 +92,12 @@ def check(
     with progress(len(jobs)) as listener:
         result = checking.check(jobs, spent, skipped, listener)
     saved = save_cases(result.counterexamples)
-    if junit is not None:
-        reporting.write_junit(result, junit)
-    if report is not None:
-        reporting.write_html(result, report)
+    for path, write in ((junit, reporting.write_junit), (report, reporting.write_html)):
+        if path is not None:
+            try:
+                write(result, path)
+            except OSError as error:
+                raise BadInput(f"{path}: cannot write the report: {error.strerror}") from None
     if json:
         sys.stdout.buffer.write(reporting.as_json(result))
     else:
@@ -190,6 +193,8 @@ def fuzz(
 
     names = invariants or [checking.WALK]
     chosen = checking.chosen_invariants([] if names == ["all"] else names)
+    if not seconds < 1e7:
+        raise BadInput(f"--seconds {seconds:g}: give a number of seconds")
     if engine not in fuzzing.ENGINES:
         raise BadInput(f"--engine {engine}: give one of {', '.join(fuzzing.ENGINES)}")
     if mistakes:

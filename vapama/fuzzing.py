@@ -7,6 +7,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from vapama.case import BadInput
 from vapama.jobs import Job
 from vapama.spec.nondet import Invariant
 from vapama.subjects import load_subject
@@ -29,6 +30,8 @@ def plan(
     load_subject(subject)
     slug = "".join(c if c.isalnum() else "-" for c in subject)
     folder = corpus or user_cache_path("vapama") / "corpus" / slug
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--corpus {folder}: not a folder")
     budget = Budget(
         name=f"{seconds:g} s",
         hypothesis_examples=max(10, int(seconds * EXAMPLES_A_SECOND / len(invariants))),

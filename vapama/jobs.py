@@ -136,6 +136,8 @@ class _Worker:
             self.events.put((self, msgspec.json.decode(line, type=Event)))
         self.process.wait()
         reader.join()
+        self.process.stdout.close()
+        self.process.stderr.close()
         self.events.put((self, None))
 
     def _keep(self, stream: IO[bytes]) -> None:

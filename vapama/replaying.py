@@ -113,16 +113,19 @@ def _symbolic(invariant: Invariant, subject: Guarded, case: Case) -> Answer:
 
 
 class Recorded(Guarded):
-    """A subject that keeps each call and its outcome."""
+    """A subject that keeps each call and its outcome, None if there was none."""
 
     def __init__(self, guarded: Guarded) -> None:
         super().__init__(guarded.name, guarded.subject)
-        self.recorded: list[tuple[Cpu, Memory, Access, Outcome]] = []
+        self.recorded: list[tuple[Cpu, Memory, Access, Outcome | None]] = []
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The subject's outcome, kept."""
-        outcome = super().translate(cpu, memory, access)
-        self.recorded.append((cpu, memory, access, outcome))
+        outcome: Outcome | None = None
+        try:
+            outcome = super().translate(cpu, memory, access)
+        finally:
+            self.recorded.append((cpu, memory, access, outcome))
         return outcome
 
 
@@ -139,7 +142,9 @@ def explain_case(path: Path, subject_name: str | None = None) -> Iterator[str]:
             yield f"access {number} of {len(subject.recorded)}"
         yield from explain_access(cpu, memory, access)
         expected = translate(cpu, memory, access)
-        if agree(expected, observed, memory, subject.capabilities):
+        if observed is None:
+            yield f"subject  {subject.name} gives no outcome"
+        elif agree(expected, observed, memory, subject.capabilities):
             yield f"         {subject.name} agrees"
         else:
             yield f"subject  {describe_outcome(observed)}   <- not what the reference allows"

@@ -186,7 +186,7 @@ class Guarded:
             raise
         except NotCovered:
             raise Reject from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SubjectRaised(_in_one_line(error)) from error
         if type(outcome) not in OUTCOMES:
             raise SubjectRaised(f"nothing, but returned {outcome!r}, which is not an outcome"[:200])
@@ -208,7 +208,7 @@ class Guarded:
             raise
         except NotCovered:
             raise Reject from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SubjectRaised(_in_one_line(error)) from error
         return outcomes
 

@@ -5,6 +5,7 @@ QEMU's `info tlb` listed, with its flags. See data/README.md for the one that sh
 """
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +43,31 @@ class Snapshot:
 def load_snapshot(path: Path, maxphyaddr: int = 40) -> Snapshot:
     """Read a .npz snapshot. Raises `BadInput`."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise BadInput(f"{path}: not a snapshot: a single array, not an .npz of several")
+        with loaded as arrays:
             missing = [name for name in NEEDED if name not in arrays]
             if missing:
                 raise BadInput(f"{path}: not a snapshot: it lacks {', '.join(missing)}")
             found: dict[str, Any] = {name: arrays[name] for name in NEEDED}
     except OSError as error:
         raise BadInput(f"{path}: cannot read the image: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
         raise BadInput(f"{path}: not a whole .npz image: {error}") from None
+    _require_types(path, found)
     return _snapshot(path, found, maxphyaddr)
+
+
+def _require_types(path: Path, found: dict[str, Any]) -> None:
+    """Raise `BadInput` unless every array has the kind and the dimensions it needs."""
+    dimensions = {"frames": 1, "tables": 2, "truth_va": 1, "truth_pa": 1, "truth_flags": 1}
+    for name in NEEDED:
+        array, needed = found[name], dimensions.get(name, 0)
+        kind = "U" if name == "truth_flags" else "u"
+        if array.ndim != needed or array.dtype.kind != kind:
+            what = "text" if kind == "U" else "unsigned integers"
+            raise BadInput(f"{path}: `{name}` must hold {what}, in {needed} dimensions")
 
 
 def _snapshot(path: Path, found: dict[str, Any], maxphyaddr: int) -> Snapshot:
@@ -62,7 +78,10 @@ def _snapshot(path: Path, found: dict[str, Any], maxphyaddr: int) -> Snapshot:
         raise BadInput(f"{path}: the arrays of the truth differ in length")
     if (frames & np.uint64(0xFFF)).any() or int(frames.max()) >= LARGEST:
         raise BadInput(f"{path}: `frames` must be page-aligned and below {LARGEST:#x}")
-    image = np.zeros((int(frames.max()) // 4096 + 1, 512), dtype=np.uint64)
+    try:
+        image = np.zeros((int(frames.max()) // 4096 + 1, 512), dtype=np.uint64)
+    except MemoryError:
+        raise BadInput(f"{path}: `frames` lie too far apart: no image of them fits here") from None
     image[(frames >> np.uint64(12)).astype(np.int64)] = tables
     registers = {name: int(found[name]) for name in ("cr0", "cr3", "cr4", "efer")}
     try:

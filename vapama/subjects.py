@@ -1,5 +1,6 @@
 """Subjects by name: short names of our own, and `module:factory` for any other."""
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable
@@ -55,7 +56,9 @@ def load_subject(name: str) -> Guarded:
     A factory is a class or a function that takes no arguments; its module is looked for where
     Python finds it, and in the current directory. Raises `BadInput`.
     """
-    return Guarded(name, _subject(name))
+    # What a subject prints as it is loaded is no part of a report.
+    with contextlib.redirect_stdout(sys.stderr):
+        return Guarded(name, _subject(name))
 
 
 def _subject(name: str) -> Any:
@@ -84,7 +87,7 @@ def _foreign(name: str, module_name: str, factory_name: str) -> Any:
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
         subject = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(f"--subject {name}: {type(error).__name__}: {error}") from None
     capabilities = getattr(subject, "capabilities", None)
     if not isinstance(capabilities, Capabilities) or not callable(

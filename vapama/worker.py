@@ -1,5 +1,6 @@
 """A worker: reads one `Job` from standard input, tells `Event`s on standard output."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +21,9 @@ Tell = Callable[[Event], None]
 def main() -> None:
     """Do the job given."""
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    out = sys.stdout.buffer
-    # What a subject prints must not be taken for events.
+    out = os.fdopen(os.dup(1), "wb")
+    # What a subject prints, from Python or below it, must not be taken for events.
+    os.dup2(2, 1)
     sys.stdout = sys.stderr
 
     def tell(event: Event) -> None:
@@ -75,6 +77,8 @@ def _check_invariants(job: Job, tell: Tell) -> None:
         tell(Event(at=invariant.name))
         try:
             verdict = _run(job, invariant, subject, _progress(invariant.name, tell))
+        except BadInput:
+            raise
         except Exception as error:  # an invariant of the user's may raise anything
             why = f"the invariant raised {type(error).__name__}: {error}".splitlines()[0]
             verdict = Verdict(
