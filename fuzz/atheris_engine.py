@@ -124,7 +124,8 @@ class Campaign:
         if process.returncode == HUNG:
             self._hung(invariants)
         elif process.returncode not in (ENDED_BY_TIME, FAILED):
-            errors = [line for line in text.splitlines() if "Error" in line] or [text[-200:]]
+            lines = [line for line in text.splitlines() if line.strip()] or ["it said nothing"]
+            errors = [line for line in lines if "Error" in line] or lines
             self.trouble = f"libFuzzer ended with status {process.returncode}: {errors[-1].strip()}"
 
     def _listen(self, out: Path, told: int, before: Counts) -> int:

@@ -209,8 +209,9 @@ def fuzz(
         console.print(f"{engine}: {total:,} runs in {spent:.1f} s, {rate:,.0f} a second on a core")
         if result.coverage:
             console.print(f"coverage: {result.coverage}")
-        for line in fuzzing.source_coverage(folder, chosen, subject or "optimized"):
-            console.print(f"coverage: {line}")
+        if engine == "atheris":
+            for line in fuzzing.source_coverage(folder, chosen, subject or "optimized"):
+                console.print(f"coverage: {line}", markup=False)
     finish(result.verdicts, json)
 
 

@@ -14,6 +14,7 @@ from vapama.subjects import load_subject
 from vapama.verdict import Budget, Verdict
 
 ENGINES = ("atheris", "random", "hypothesis")
+COVERAGE_SECONDS = 60
 EXAMPLES_A_SECOND = 1_500
 """What Hypothesis manages at the least, to turn seconds into examples."""
 
@@ -71,12 +72,17 @@ def source_coverage(corpus: Path, invariants: list[Invariant], subject: str) -> 
     if not corpus.is_dir() or not any(corpus.iterdir()):
         return []
     job = {"corpus": str(corpus), "invariants": [i.name for i in invariants], "subject": subject}
-    found = subprocess.run(
-        [sys.executable, "-m", "vapama.corpus_coverage", json.dumps(job)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        found = subprocess.run(
+            [sys.executable, "-m", "vapama.corpus_coverage", json.dumps(job)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=COVERAGE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"not measured: the corpus took more than {COVERAGE_SECONDS} s to run"]
     if found.returncode != 0:
-        return [f"not measured: {found.stderr.strip().splitlines()[-1]}"]
+        last = found.stderr.strip().splitlines()[-1:] or [f"status {found.returncode}"]
+        return [f"not measured: {last[0]}"]
     return [f"{name}: {text}" for name, text in json.loads(found.stdout).items()]

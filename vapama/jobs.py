@@ -167,7 +167,9 @@ class _Worker:
         """A verdict for each invariant that the worker ended without one for: undecided."""
         if not self.why and self.process.returncode == 0:
             self.why = "the worker ended without a verdict"
-        last = self.stderr[-1].decode(errors="replace").strip() if self.stderr else ""
+        last = (
+            self.stderr[-1].decode(errors="replace").strip() if self.stderr else "it said nothing"
+        )
         why = self.why or f"the worker ended with status {self.process.returncode}: {last}"
         return [
             Verdict(

@@ -3,7 +3,6 @@
 A false claim must end as a counterexample that fails on plain ints, or as undecided for a reason
 that is given. The true siblings show that the engine does not just refuse everything.
 """
-# ruff: noqa: PT018, SIM102, SIM201  (claims are written in all the ways that people write them)
 
 import random
 from collections.abc import Callable
@@ -686,7 +685,7 @@ SWALLOWED: dict[str, Callable[[Any], object]] = {
     "float": float,
     "range": lambda x: list(range(x)),
     "hex": hex,
-    "a_percent_format": lambda x: "%d" % x,  # noqa: UP031
+    "a_percent_format": lambda x: "%d" % x,
     "bytes": lambda x: x.to_bytes(8, "little"),
     "bit_length": lambda x: x.bit_length(),
     "a_remainder": lambda x: x % 3,
