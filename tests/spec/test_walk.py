@@ -194,8 +194,8 @@ def reserved(
 
 
 RESERVED = [
-    reserved("PS of a PML5E", 5, 0x4000 | PS | URW, cpu(LA57)),
-    reserved("PS of a PML4E", 4, 0x3000 | PS | URW),
+    reserved("PS of a PML5E", 5, 0x1000 | PS | URW, cpu(LA57)),
+    reserved("PS of a PML4E", 4, 0x1000 | PS | URW),
     reserved("PS of a PDPTE without 1-GByte pages", 3, PAGE_1G | URW, cpu(page1gb=0)),
     *(reserved(f"bit {n} of a PDE that maps a page", 2, PAGE_2M | URW | 1 << n)
       for n in range(13, 21)),
