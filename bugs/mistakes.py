@@ -1,283 +1,172 @@
-"""Seeded mistakes: small patches of the walk kernels, the kinds that people make.
+"""Seeded mistakes: small patches of impl/, the kinds that people make.
 
 Each must be refuted by every engine that means to be trusted: a proof whose twin (the same claim
-about the kernels with a mistake) is not refuted proves nothing.
+about the implementation with a mistake) is not refuted proves nothing. They stand in the
+``.mistakes`` files beside this module, each for one file of impl/ or more.
 """
 
-import inspect
+import importlib
+import sys
 import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import spec_from_loader
+from pathlib import Path
+from typing import Any
 
-from vapama.impl.kernels import long_mode
-from vapama.impl.optimized import Compiled, Optimized
+WALK = "the_walk_equals_the_reference"
+IMPL = "vapama.impl"
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A patch: lines `before` in the kernels' source, which stand there once, become `after`.
+    """A patch: lines `before`, which stand once in `file` of impl/, become `after`.
 
     `breaks` is an invariant that it breaks.
     """
 
     name: str
+    file: str
     before: str
     after: str
-    breaks: str = "the_walk_equals_the_reference"
+    breaks: str = WALK
+
+    @property
+    def module_name(self) -> str:
+        """The module that it patches."""
+        return "vapama." + self.file.removesuffix(".py").replace("/", ".")
 
     def source(self) -> str:
-        """The kernels' source with the mistake in it. Raises `LookupError` if it does not fit."""
-        source = inspect.getsource(long_mode)
+        """The patched source of its file. Raises `LookupError` if the patch does not fit."""
+        source = _source(self.module_name)
         times = source.count(self.before)
         if times != 1:
             raise LookupError(
-                f"the mistake {self.name} no longer fits impl/kernels/long_mode.py: "
+                f"the mistake {self.name} no longer fits {self.file}: "
                 f"its lines stand there {times} times"
             )
         return source.replace(self.before, self.after)
 
-    def kernels(self) -> types.ModuleType:
-        """The kernels' module with the mistake in it."""
-        module = types.ModuleType(long_mode.__name__)
-        code = compile(self.source(), f"<{self.name}>", "exec")
-        exec(code, module.__dict__)
-        return module
+    def module(self, name: str = "") -> types.ModuleType:
+        """A module of impl/ (by default the patched one) out of a copy of all of impl/ that has
+        the mistake in it, so that it shows wherever the patched file is used.
+        """
+        with _copy_of_impl(self.module_name, self.source()):
+            return importlib.import_module(name or self.module_name)
 
-    def subject(self) -> Optimized:
+    def subject(self) -> Any:
         """The `optimized` subject with the mistake in it."""
-        return Optimized(self.kernels())
+        return self.module(f"{IMPL}.optimized").Optimized()
 
-    def compiled_subject(self) -> Compiled:
+    def compiled_subject(self) -> Any:
         """The `compiled` subject with the mistake in it."""
-        return Compiled(self.kernels())
+        return self.module(f"{IMPL}.optimized").Compiled()
+
+
+@cache
+def _source(module_name: str) -> str:
+    parent, _, _ = module_name.rpartition(".")
+    spec = PathFinder.find_spec(module_name, importlib.import_module(parent).__path__)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"there is no module {module_name} to put a mistake into")
+    return Path(spec.origin).read_text()
+
+
+@contextmanager
+def _copy_of_impl(patched: str, source: str) -> Iterator[None]:
+    """While this lasts, imports of `vapama.impl` make a new copy of it, with one file patched."""
+    package = importlib.import_module("vapama")
+    original = importlib.import_module(IMPL)
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_ours(name)}
+    finder = _CopyFinder(patched, source)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in list(filter(_is_ours, sys.modules)):
+            del sys.modules[name]
+        sys.modules.update(kept)
+        package.impl = original  # type: ignore[attr-defined]  # as importing a submodule sets it
+
+
+def _is_ours(name: str) -> bool:
+    return name == IMPL or name.startswith(f"{IMPL}.")
+
+
+class _CopyFinder(MetaPathFinder, Loader):
+    """Finds the modules of impl/ and runs their code anew, one of them from a patched source."""
+
+    def __init__(self, patched: str, source: str) -> None:
+        self.patched, self.source = patched, source
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: object = None
+    ) -> ModuleSpec | None:
+        """The module's own spec, but with this object as its loader."""
+        found = PathFinder.find_spec(fullname, path) if _is_ours(fullname) else None
+        if found is None or found.origin is None:
+            return None
+        spec = spec_from_loader(fullname, self, origin=found.origin)
+        if spec is not None:
+            spec.submodule_search_locations = found.submodule_search_locations
+        return spec
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Run its code, which claims no file: numba must not keep machine code of a copy."""
+        name = module.__name__
+        spec = module.__spec__
+        assert spec is not None
+        assert spec.origin is not None
+        if name == self.patched:
+            code = compile(self.source, f"<{name} with a mistake>", "exec")
+        else:
+            code = _code(name, spec.origin)
+        exec(code, module.__dict__)
+
+
+@cache
+def _code(name: str, origin: str) -> types.CodeType:
+    return compile(Path(origin).read_text(), f"<a copy of {name}>", "exec")
 
 
 def parse(text: str) -> dict[str, Mistake]:
-    """Mistakes by name. Each begins with ``@ name`` or ``@ name breaks invariant``; then come the
-    lines to replace, behind ``-``, and those to put there, behind ``+``. Raises `ValueError`.
+    """Mistakes by name. A line ``file: impl/...`` says which file those after it patch. Each begins
+    with ``@ name`` or ``@ name breaks invariant``; then come the lines to replace, behind ``-``,
+    and those to put there, behind ``+``. Raises `ValueError`.
     """
     found: dict[str, Mistake] = {}
-    for block in text.split("\n@ ")[1:]:
+    file = ""
+    for block in f"\n{text}".split("\n@ "):
         title, *lines = block.split("\n")
         name, *breaks = title.split(" breaks ")
         before = "".join(f"{line[1:]}\n" for line in lines if line.startswith("-"))
         after = "".join(f"{line[1:]}\n" for line in lines if line.startswith("+"))
-        if not before or name in found:
-            raise ValueError(f"the mistake {name} replaces nothing, or is there twice")
-        found[name] = Mistake(name, before, after, *breaks)
+        if name:
+            if not before or not file or name in found:
+                raise ValueError(
+                    f"the mistake {name} replaces nothing, names no file, or is there twice"
+                )
+            found[name] = Mistake(name, file, before, after, *breaks)
+        for line in lines:
+            if line.startswith("file: "):
+                file = line.removeprefix("file: ").strip()
     return found
 
 
-MISTAKES = parse(
-    """# Rights
+def load() -> dict[str, Mistake]:
+    """The mistakes of all ``.mistakes`` files. Raises `ValueError`."""
+    found: dict[str, Mistake] = {}
+    for path in sorted(Path(__file__).parent.glob("*.mistakes")):
+        for name, mistake in parse(path.read_text()).items():
+            if name in found:
+                raise ValueError(f"the mistake {name} is there twice, in {path.name} too")
+            found[name] = mistake
+    return found
 
-@ user-writes-ignore-read-only-without-wp
--    strict = write & (user | mode >> MODE_WP)
-+    strict = write & (mode >> MODE_WP)
 
-@ wp-is-ignored
--    strict = write & (user | mode >> MODE_WP)
-+    strict = write & user
-
-@ write-rights-come-from-the-leaf
--        rights = rights & entry
-+        rights = rights & entry & 4 | entry & 2
-
-@ a-user-page-needs-only-its-leaf
--        rights = rights & entry
-+        rights = entry
-
-@ no-execute-counts-only-at-the-leaf
--        no_execute = no_execute | entry >> 63
-+        no_execute = entry >> 63
-
-@ no-execute-of-the-leaf-is-forgotten
--        no_execute = no_execute | entry >> 63
--        if leaf:
--            break
-+        if leaf:
-+            break
-+        no_execute = no_execute | entry >> 63
-
-@ two-no-executes-cancel
--        no_execute = no_execute | entry >> 63
-+        no_execute = no_execute ^ entry >> 63
-
-@ reads-need-a-writable-page
--        | strict & (rights >> 1 & 1 ^ 1)
-+        | (strict | fetch ^ 1 ^ write) & (rights >> 1 & 1 ^ 1)
-
-@ smep-is-ignored
--    smep = fetch & mode >> MODE_SMEP
-+    smep = 0
-
-@ smap-stops-fetches-too
--    smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1) ^ 1)
-+    smap = mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1) ^ 1)
-
-@ ac-exempts-implicit-accesses
--    smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1) ^ 1)
-+    smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC ^ 1)
-
-@ ac-does-not-exempt
--    smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1) ^ 1)
-+    smap = (fetch ^ 1) & mode >> MODE_SMAP & (1)
-
-@ ac-forbids-instead-of-allowing
--    smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1) ^ 1)
-+    smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1))
-
-@ a-dirty-page-is-denied
--        | key_denies
-+        | key_denies | entry >> 6 & access >> 1 & 1
-
-# Protection keys
-
-@ a-key-has-three-bits
--        keys = pkru >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKE & 1)
-+        keys = pkru >> (entry >> 59 & 7) * 2 & 3 * (mode >> MODE_PKE & 1)
-
-@ supervisor-pages-use-pkru
--        keys = pkrs >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKS & 1)
-+        keys = pkru >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKS & 1)
-
-@ pke-is-ignored
--        keys = pkru >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKE & 1)
-+        keys = pkru >> (entry >> 59 & 15) * 2 & 3
-
-@ pks-is-ignored
--        keys = pkrs >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKS & 1)
-+        keys = pkrs >> (entry >> 59 & 15) * 2 & 3
-
-@ keys-stop-fetches
--    key_denies = (fetch ^ 1) & (keys | keys >> 1 & strict)
-+    key_denies = (keys | keys >> 1 & strict)
-
-@ write-disable-stops-reads
--    key_denies = (fetch ^ 1) & (keys | keys >> 1 & strict)
-+    key_denies = (fetch ^ 1) & (keys | keys >> 1 & 1)
-
-@ write-disable-ignores-wp
--    key_denies = (fetch ^ 1) & (keys | keys >> 1 & strict)
-+    key_denies = (fetch ^ 1) & (keys | keys >> 1 & write)
-
-# Error codes
-
-@ the-key-bit-is-misplaced
--        return FAULT, code | 1 | key_denies << 5
-+        return FAULT, code | 1 | key_denies << 4
-
-@ a-missing-page-reports-present
--            return FAULT, code
-+            return FAULT, code | 1
-
-@ a-reserved-bit-reports-not-present
--            return FAULT, code | 9
-+            return FAULT, code | 8
-
-@ smep-alone-reports-no-fetch
--    code = (write << 1) | (user << 2) | ((fetch & (mode >> MODE_NXE | mode >> MODE_SMEP)) << 4)
-+    code = (write << 1) | (user << 2) | ((fetch & mode >> MODE_NXE) << 4)
-
-# Reserved bits
-
-@ a-reserved-bit-of-a-large-page-is-missed
--                must_be_zero = reserved | 0x1FE000
-+                must_be_zero = reserved | 0x1FC000
-
-@ a-reserved-bit-of-a-1g-page-is-missed
--                must_be_zero = reserved | 0x3FFFE000 | ((mode >> MODE_PAGE1GB & 1 ^ 1) << 7)
-+                must_be_zero = reserved | 0x3FFFC000 | ((mode >> MODE_PAGE1GB & 1 ^ 1) << 7)
-
-@ pat-of-a-large-page-is-reserved
--                must_be_zero = reserved | 0x1FE000
-+                must_be_zero = reserved | 0x1FF000
-
-@ ps-in-a-pml4e-is-taken
--            must_be_zero = reserved | 0x80
-+            must_be_zero = reserved
-
-@ 1g-pages-always-exist
--                must_be_zero = reserved | 0x3FFFE000 | ((mode >> MODE_PAGE1GB & 1 ^ 1) << 7)
-+                must_be_zero = reserved | 0x3FFFE000 | 0
-
-@ maxphyaddr-is-one-more
--    return 0x0010000000000000 - (1 << maxphyaddr) | (efer >> 11 & 1 ^ 1) << 63
-+    return 0x0010000000000000 - (1 << maxphyaddr) & ~(1 << maxphyaddr) | (efer >> 11 & 1 ^ 1) << 63
-
-@ nx-without-nxe-is-ignored
--    return 0x0010000000000000 - (1 << maxphyaddr) | (efer >> 11 & 1 ^ 1) << 63
-+    return 0x0010000000000000 - (1 << maxphyaddr) | (efer >> 11 & 1 ^ 1) << 58
-
-@ a-software-bit-is-reserved
--        must_be_zero = reserved
-+        must_be_zero = reserved | 0x200
-
-# Structure
-
-@ canonical-is-one-bit-short
--    upper = address >> (shift - 1)
--    if upper != 0 and upper != (1 << (65 - shift)) - 1:
-+    upper = address >> shift
-+    if upper != 0 and upper != (1 << (64 - shift)) - 1:
-
-@ the-top-of-memory-is-not-canonical
--    if upper != 0 and upper != (1 << (65 - shift)) - 1:
-+    if upper != 0:
-
-@ five-levels-start-at-four
--        level = 5
-+        level = 4
-
-@ a-2m-page-is-a-1g-page
--            if level == 2:
-+            if level == 3:
-
-@ the-frame-loses-its-top-bit
--        table = entry & FRAME
-+        table = entry & (FRAME >> 1)
-
-@ the-pcid-moves-the-root
--    table = cr3 & FRAME
-+    table = cr3 & (FRAME | 8)
-
-@ the-offset-loses-its-top-bit
--    return level, (entry & FRAME & ~offset) | (address & offset)
-+    return level, (entry & FRAME & ~offset) | (address & offset >> 1)
-
-@ the-limit-is-off-by-one
--        if index >= entries:
-+        if index > entries:
-
-@ the-walk-reads-an-entry-twice breaks a_walk_ends_after_at_most_one_load_a_level
--        if not entry & 1:
--            return FAULT, code
-+        entry = memory[index]
-+        if not entry & 1:
-+            return FAULT, code
-
-@ the-batch-shares-its-first-result breaks translate_many_equals_the_walk_elementwise
--            memory, entries, mode, reserved, cr3, pkru, pkrs, addresses[i], access, path
-+            memory, entries, mode, reserved, cr3, pkru, pkrs, addresses[0], access, path
-
-# Accessed and dirty flags
-
-@ reads-set-dirty
--    memory[path[level]] = memory[path[level]] | 0x20 | write << 6
-+    memory[path[level]] = memory[path[level]] | 0x60
-
-@ dirty-is-forgotten
--    memory[path[level]] = memory[path[level]] | 0x20 | write << 6
-+    memory[path[level]] = memory[path[level]] | 0x20
-
-@ accessed-is-set-only-at-the-leaf
--    while at > level:
-+    while at > level + 9:
-
-@ a-denied-write-sets-dirty breaks a_fault_sets_at_most_accessed_flags_on_its_path
--    if status < FAULT:
-+    if status == FAULT and value & 3 == 3:
-+        marks[path[1]] = marks[path[1]] | 0x40
-+    if status < FAULT:
-"""
-)
-"""The seeded mistakes of the walk, by name."""
+MISTAKES = load()

@@ -1,7 +1,6 @@
 """The kernels as subjects: `optimized` runs their source, `compiled` their machine code."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from vapama.spec.subject import (
     Capabilities,
     NotCovered,
 )
+from vapama.spec.words import Word
 
 
 def access_word(access: Access) -> int:
@@ -36,11 +36,11 @@ def access_word(access: Access) -> int:
     return access.implicit | access.write << 1 | access.user << 2 | access.fetch << 4
 
 
-def controls(kernels: Any, cpu: Cpu) -> tuple[Any, ...]:
+def controls(cpu: Cpu) -> tuple[Word, Word, Word, Word, Word]:
     """What the kernels need of the control state: mode, reserved, cr3, pkru, pkrs."""
     return (
-        kernels.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb),
-        kernels.reserved_word(cpu.efer, cpu.maxphyaddr),
+        long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb),
+        long_mode.reserved_word(cpu.efer, cpu.maxphyaddr),
         cpu.cr3,
         cpu.pkru,
         cpu.pkrs,
@@ -78,23 +78,23 @@ class Marks:
 
 
 class Optimized:
-    """The kernels as they are written. `kernels` is their module, or a patched copy of it."""
+    """The kernels as they are written."""
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY}), symbolic=True
     )
 
-    def __init__(self, kernels: Any = long_mode) -> None:
-        self.kernels = kernels
+    kernels = (long_mode,)
+    """The modules under test, whose branches a fuzzer looks at."""
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The outcome of the walk kernel; it sets no flags when it faults."""
-        k, marks = self.kernels, Marks()
-        status, value = k.walk_and_mark(
+        marks = Marks()
+        status, value = long_mode.walk_and_mark(
             Entries(memory),
             marks,
             memory.limit >> 3,
-            *controls(k, cpu),
+            *controls(cpu),
             access.address,
             access_word(access),
             [0] * 6,
@@ -105,12 +105,11 @@ class Optimized:
         self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access
     ) -> list[Outcome]:
         """The outcomes of the batch kernel. Their updates are empty: it sets no flags."""
-        k, count = self.kernels, len(addresses)
-        statuses, values = [0] * count, [0] * count
-        k.translate_many(
+        statuses, values = [0] * len(addresses), [0] * len(addresses)
+        long_mode.translate_many(
             Entries(memory),
             memory.limit >> 3,
-            *controls(k, cpu),
+            *controls(cpu),
             addresses,
             access_word(access),
             [0] * 6,
@@ -129,13 +128,12 @@ class Compiled:
     LARGEST = 1 << 30
     """The largest memory, in bytes, that an image is made for."""
 
-    def __init__(self, kernels: Any = long_mode) -> None:
+    def __init__(self) -> None:
         # numba takes a while to import, and most commands need none of it.
         from vapama.impl.kernels.compiled import compiled
 
-        self.kernels = kernels
-        self._walk_and_mark = compiled(kernels.walk_and_mark)
-        self._translate_many = compiled(kernels.translate_many)
+        self._walk_and_mark = compiled(long_mode.walk_and_mark)
+        self._translate_many = compiled(long_mode.translate_many)
         self._image = np.zeros(0, dtype=np.uint64)
         self._path = np.zeros(6, dtype=np.uint64)
         # Compile now, so that the first case does not wait for it.
@@ -148,7 +146,7 @@ class Compiled:
         status, value = self._walk_and_mark(
             image,
             image,
-            *_words(memory.limit >> 3, *controls(self.kernels, cpu)),
+            *_words(memory.limit >> 3, *controls(cpu)),
             *_words(access.address, access_word(access)),
             self._path,
         )
@@ -169,7 +167,7 @@ class Compiled:
         values = np.zeros_like(statuses)
         self._translate_many(
             image,
-            *_words(memory.limit >> 3, *controls(self.kernels, cpu)),
+            *_words(memory.limit >> 3, *controls(cpu)),
             np.array(addresses, dtype=np.uint64),
             *_words(access_word(access)),
             self._path,
@@ -205,7 +203,7 @@ def translate_array(
     statuses, values = np.zeros_like(addresses), np.zeros_like(addresses)
     compiled(long_mode.translate_many)(
         image,
-        *_words(len(image), *controls(long_mode, cpu)),
+        *_words(len(image), *controls(cpu)),
         addresses,
         *_words(access_word(access)),
         np.zeros(6, dtype=np.uint64),
@@ -226,7 +224,7 @@ def mappings_array(
 
     found = [np.zeros(room, dtype=np.uint64) for _ in range(3)]
     scratch = [np.zeros(6, dtype=np.uint64) for _ in range(2)]
-    mode, _, cr3, _, _ = controls(long_mode, cpu)
+    mode, _, cr3, _, _ = controls(cpu)
     count = compiled(long_mode.enumerate_mappings)(
         image, *_words(len(image), mode, cr3), *scratch, *_words(room), *found
     )

@@ -208,9 +208,9 @@ def _replay_path(invariant: Invariant, subject: Guarded, explorer: Explorer) -> 
 
 def _twin(invariant: Invariant, options: Options, verdict: Verdict) -> str:
     if not invariant.twin:
-        return "no twin: name a seeded mistake (bugs/mistakes.py) that this claim must refute"
+        return "no twin: name a seeded mistake (bugs/*.mistakes) that this claim must refute"
     if invariant.twin not in MISTAKES:
-        return f"its twin {invariant.twin} is not a mistake of bugs/mistakes.py"
+        return f"its twin {invariant.twin} is not a mistake of bugs/*.mistakes"
     refuted = refute(invariant, invariant.twin, options.rlimit)
     if refuted.status != COUNTEREXAMPLE:
         return f"its twin, {invariant.twin}, is not refuted: {refuted.why or refuted.status}"

@@ -34,8 +34,9 @@ class Target:
         self.subject = load_subject(job["subject"])
         # libFuzzer looks for new branches of what is under test: the subject's own kernels where
         # they are Python, else the reference, which branches on the same things.
-        kernels = getattr(self.subject.subject, "kernels", None)
-        _instrument(kernels if kernels and self.subject.capabilities.symbolic else paging)
+        kernels = getattr(self.subject.subject, "kernels", ())
+        for module in kernels if self.subject.capabilities.symbolic and kernels else (paging,):
+            _instrument(module)
         self.invariants = [registry[name] for name in job["invariants"]]
         self.narrow = self.subject.capabilities.narrow
         self.out = open(job["out"], "a", buffering=1)  # noqa: SIM115  (until the process ends)

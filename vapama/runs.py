@@ -164,8 +164,9 @@ class SubjectHung(BaseException):
 class Guarded:
     """A subject as the engines hold it.
 
-    Tells the subject's own exceptions from the invariant's, gives memory beforehand to one that
-    needs it so, and keeps the calls of the run for the classification of known departures.
+    Whatever is called on it is guarded (see `GuardedCall`): its own exceptions are told from the
+    invariant's. It gives memory beforehand to a subject that needs it so, and keeps the calls of
+    the run for the classification of known departures.
     """
 
     def __init__(self, name: str, subject: Any) -> None:
@@ -175,6 +176,15 @@ class Guarded:
         self._preload = self.capabilities.preload
         self._keep = hasattr(subject, "departure")
         self.calls: list[tuple[Cpu, Memory, Access, Outcome]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        """A faculty of the subject, guarded: what `needs` of an invariant asks for."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        faculty = getattr(self.subject, name)
+        if callable(faculty):
+            faculty = self.__dict__[name] = GuardedCall(faculty)
+        return faculty
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The subject's outcome. Raises `Reject` for a case that it does not cover."""
@@ -202,14 +212,8 @@ class Guarded:
             touched = [preloaded(cpu, memory, access._replace(address=a)) for a in addresses]
             entries = {a: v for one in touched for a, v in one.touched.items()}
             memory = Sparse(entries, memory.limit)
-        try:
-            outcomes: list[Outcome] = self.subject.translate_many(cpu, memory, addresses, access)
-        except AssertionError:
-            raise
-        except NotCovered:
-            raise Reject from None
-        except (Exception, SystemExit) as error:
-            raise SubjectRaised(_in_one_line(error)) from error
+        many = GuardedCall(self.subject.translate_many)
+        outcomes: list[Outcome] = many(cpu, memory, addresses, access)
         return outcomes
 
     def departure(self) -> str | None:
@@ -221,6 +225,52 @@ class Guarded:
                 if name is not None:
                     return name
         return None
+
+
+class GuardedCall:
+    """A function of a subject's behind a guard.
+
+    What it raises becomes `SubjectRaised`, `NotCovered` becomes `Reject`; an assertion is taken for
+    the invariant's, as memory may raise one (see `OutsideRead`). A stateful part of the subject
+    that it returns is guarded too (see `GuardedPart`); words, outcomes and the like are not.
+    """
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Its result, guarded if it is a part with state of its own."""
+        try:
+            result = self.function(*args, **kwargs)
+        except (AssertionError, MemoryError):
+            raise
+        except NotCovered:
+            raise Reject from None
+        except (Exception, SystemExit) as error:
+            raise SubjectRaised(_in_one_line(error)) from error
+        return GuardedPart(result) if getattr(result, "stateful", False) is True else result
+
+
+class GuardedPart:
+    """A part of a subject that has state of its own (a TLB, a VMM), with guarded methods.
+
+    A subject's class says so by a class attribute ``stateful = True``. Attributes that are no
+    methods are read as they are.
+    """
+
+    def __init__(self, part: Any) -> None:
+        self.part = part
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the part; a method is guarded, and kept for the next call."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        value = getattr(self.part, name)
+        if callable(value):
+            value = self.__dict__[name] = GuardedCall(value)
+        return value
 
 
 def preloaded(cpu: Cpu, memory: Memory, access: Access) -> Sparse:

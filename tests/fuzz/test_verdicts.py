@@ -12,12 +12,12 @@ from vapama.bugs.mistakes import MISTAKES
 from vapama.fuzz import atheris_engine, exhaustive, hypothesis_engine, random_engine
 from vapama.fuzz.decoded import GROUPS
 from vapama.proofs import prover
-from vapama.runs import Guarded
+from vapama.runs import Guarded, Replay, attempt
 from vapama.spec.access import Access
-from vapama.spec.domains import FLAG
-from vapama.spec.nondet import Invariant, Nondet, load_invariants
+from vapama.spec.domains import FLAG, Domain
+from vapama.spec.nondet import Invariant, Nondet, Reject, load_invariants
 from vapama.spec.outcomes import Translated
-from vapama.spec.subject import Capabilities
+from vapama.spec.subject import Capabilities, NotCovered
 from vapama.subjects import Reference, load_subject
 from vapama.verdict import COUNTEREXAMPLE, HELD, NOT_APPLICABLE, UNDECIDED, Verdict
 
@@ -299,3 +299,45 @@ def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
     verdicts, _ = atheris_engine.run(invariants, load_subject("reference"), seconds=60)
     assert [verdict.status for verdict in verdicts] == [NOT_APPLICABLE] * 2
     assert "pip install" in verdicts[0].why
+
+
+class Counter:
+    """A part of a subject with a state of its own."""
+
+    stateful = True
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, number: int) -> int:
+        if number == 3:
+            raise ZeroDivisionError("three")
+        if number == 5:
+            raise NotCovered("five")
+        self.count += number
+        return self.count
+
+
+class Counting(Reference):
+    def counter(self) -> Counter:
+        return Counter()
+
+
+def _what_counts_grows(nondet: Nondet, subject: Any) -> None:
+    number = nondet.word("number", Domain(among=tuple(range(8))))
+    counter = subject.counter()
+    assert counter.add(number) == counter.count == number
+    nondet.reach(f"{number}")
+
+
+def test_what_a_stateful_part_of_a_subject_raises_is_the_subjects(toy: Toy) -> None:
+    verdict = random_engine.run(toy(_what_counts_grows), Guarded("counting", Counting()), 0.05)
+    assert verdict.status == COUNTEREXAMPLE
+    assert verdict.why == "the subject raised ZeroDivisionError: three"
+
+
+def test_what_a_stateful_part_of_a_subject_does_not_cover_is_rejected(toy: Toy) -> None:
+    invariant, subject = toy(_what_counts_grows), Guarded("counting", Counting())
+    with pytest.raises(Reject):
+        attempt(invariant, Replay({"number": 5}), subject)
+    assert attempt(invariant, Replay({"number": 4}), subject) is None

@@ -237,7 +237,7 @@ def test_a_compiled_walk_does_not_depend_on_what_is_around_its_image(
 
 
 def test_a_read_just_beyond_the_image_would_be_noticed(hostile: Images) -> None:
-    wrong = compiled(MISTAKES["the-limit-is-off-by-one"].kernels().walk)
+    wrong = compiled(MISTAKES["the-limit-is-off-by-one"].module().walk)
     control = {"mode": 0, "reserved": 0, "cr3": 0, "pkru": 0, "pkrs": 0}
     walk = {"seed": 1, "entries": 511, "control": control, "address": WORD}
     assert differences(compiled(long_mode.walk), hostile, walk) == 1

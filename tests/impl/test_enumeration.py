@@ -72,7 +72,7 @@ def test_the_kernel_stops_when_its_room_is_full(state: Cpu, image: Words, room: 
     # One more word than the kernel is told of, to see that it writes no further.
     found = [np.full(room + 1, UNTOUCHED, dtype=np.uint64) for _ in range(3)]
     scratch = [np.zeros(6, dtype=np.uint64) for _ in range(2)]
-    mode, _, cr3, _, _ = controls(long_mode, state)
+    mode, _, cr3, _, _ = controls(state)
     words = map(np.uint64, (len(image), mode, cr3))
     count = compiled(long_mode.enumerate_mappings)(
         image, *words, *scratch, np.uint64(room), *(array[:room] for array in found)

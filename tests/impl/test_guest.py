@@ -19,6 +19,7 @@ from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, Cpu
 from vapama.spec.memory import Image
 
 MAPPINGS = 38_697
+KERNELS = "impl/kernels/long_mode.py"
 
 
 @pytest.fixture(scope="module")
@@ -144,16 +145,19 @@ def test_one_flipped_bit_of_the_real_guest_is_told(guest: Snapshot) -> None:
     [
         (MISTAKES["reads-need-a-writable-page"], WALKED[1]),
         (MISTAKES["the-batch-shares-its-first-result"], WALKED[1]),
-        (Mistake("no-sign", "if address >> (width - 1):", "if address >> width:"), FOUND[1]),
-        (Mistake("no-1", "if i == 512:", "if i == 1:"), FOUND[1]),
-        (Mistake("no-large", "level < 4 and entry & 0x80", "level < 2"), FOUND[1]),
+        (
+            Mistake("no-sign", KERNELS, "if address >> (width - 1):", "if address >> width:"),
+            FOUND[1],
+        ),
+        (Mistake("no-1", KERNELS, "if i == 512:", "if i == 1:"), FOUND[1]),
+        (Mistake("no-large", KERNELS, "level < 4 and entry & 0x80", "level < 2"), FOUND[1]),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_a_mistake_of_the_kernels_shows_on_a_guest(
     mistake: Mistake, told_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimized, "long_mode", mistake.kernels())
+    monkeypatch.setattr(optimized, "long_mode", mistake.module())
     assert [what for what, (wrong, _) in results(small()).items() if wrong] == [told_by]
 
 
