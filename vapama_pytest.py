@@ -67,7 +67,7 @@ class InvariantItem(pytest.Item):
 
         subject = load_subject(self.subject_name)
         invariant = load_invariants()[self.invariant_name]
-        lacking = invariant.needs - subject.capabilities.observes
+        lacking = subject.lacks(invariant)
         if lacking:
             pytest.skip(f"{self.subject_name} does not observe {', '.join(sorted(lacking))}")
         examples = self.config.getoption("--vapama-examples")

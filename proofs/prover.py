@@ -71,6 +71,9 @@ def prove(
     verdict = Verdict(
         invariant=invariant.name, engine=ENGINE, subject=subject.name, status=UNDECIDED
     )
+    if invariant.searched:
+        verdict.status, verdict.why = NOT_APPLICABLE, f"searched, not proved: {invariant.searched}"
+        return verdict
     if not subject.capabilities.symbolic:
         verdict.status, verdict.why = NOT_APPLICABLE, f"{subject.name} runs on plain ints only"
         return verdict

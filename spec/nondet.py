@@ -17,6 +17,7 @@ from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
+from vapama.spec.subject import TRANSLATE
 from vapama.spec.words import Condition, Flag, Word, low_bits
 
 T = TypeVar("T")
@@ -105,7 +106,9 @@ class Invariant:
     `reaches` are the labels that a run must be able to reach: a check that never reached one of
     them is vacuous and does not count. `needs` is what a subject must observe for the claim to say
     something about it. `twin` names the seeded mistake (`vapama.bugs.mistakes`) that this invariant
-    must be seen to refute. `bound` says what a proof does not range over, if anything.
+    must be seen to refute. `bound` says what a proof does not range over, if anything. `searched`
+    says why a claim is left to the engines that search and not proved, if it is: a program of many
+    steps over objects, which another claim proves step by step.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Invariant:
     needs: frozenset[str]
     twin: str
     bound: str
+    searched: str = ""
 
     @property
     def title(self) -> str:
@@ -132,10 +136,12 @@ def invariant(
     needs: Sequence[str] = (),
     twin: str = "",
     bound: str = "",
+    searched: str = "",
 ) -> Callable[[Claim], Claim]:
     """Register the decorated function as an invariant.
 
     `source` is the section of the manual that the claim follows; see `Invariant` for the rest.
+    A claim that needs nothing in particular needs a subject that translates.
     Raises `ValueError` if another invariant has the same name.
     """
 
@@ -148,7 +154,14 @@ def invariant(
                 f"an invariant named {name} is in {where} already: name this otherwise"
             )
         REGISTRY[name] = Invariant(
-            name, claim, source, tuple(reaches), frozenset(needs), twin, bound
+            name,
+            claim,
+            source,
+            tuple(reaches),
+            frozenset(needs) or frozenset({TRANSLATE}),
+            twin,
+            bound,
+            searched,
         )
         return claim
 

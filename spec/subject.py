@@ -23,6 +23,8 @@ from vapama.spec.outcomes import (
 from vapama.spec.words import Condition, Word
 
 # What a subject can be able to observe.
+TRANSLATE = "translate"
+"""Has `translate`. It need not be told: whoever has the method observes it."""
 PA = "pa"
 """The physical address of a translated access."""
 LEVEL = "level"

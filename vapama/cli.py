@@ -155,7 +155,7 @@ def prove(
     if mistakes:
         from vapama.proofs.prover import refute
 
-        hunt_mistakes(lambda invariant, name: refute(invariant, name, budget.rlimit), json)
+        hunt_mistakes(lambda i, name: refute(i, name, budget.rlimit), json, proving=True)
     jobs, skipped = checking.plan(chosen, ("z3",), budget, subject or "optimized")
     if skipped:
         raise BadInput(f"--subject {subject}: {skipped['z3']}")
@@ -254,14 +254,19 @@ def explain(
         console.print(line, markup=False, soft_wrap=True)
 
 
-def hunt_mistakes(hunt: Callable[..., Verdict], json: bool) -> None:
-    """Hunt every seeded mistake, say how each fared, and exit: 0 if all were refuted."""
+def hunt_mistakes(hunt: Callable[..., Verdict], json: bool, proving: bool = False) -> None:
+    """Hunt every seeded mistake, say how each fared, and exit: 0 if all were refuted.
+
+    With `proving`, of those that break a claim which can be proved.
+    """
     from vapama.bugs.mistakes import MISTAKES
     from vapama.spec.nondet import load_invariants
 
     registry = load_invariants()
     verdicts = []
     for mistake in MISTAKES.values():
+        if proving and registry[mistake.breaks].searched:
+            continue
         verdict = hunt(registry[mistake.breaks], mistake.name)
         verdicts.append(verdict)
         refuted = verdict.status == "counterexample"

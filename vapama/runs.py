@@ -20,7 +20,7 @@ from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import Invariant, Nondet, Reject
 from vapama.spec.outcomes import NonCanonical, Outcome, OutsideMemory, PageFault, Translated
 from vapama.spec.paging import translate
-from vapama.spec.subject import Capabilities, NotCovered, agree
+from vapama.spec.subject import TRANSLATE, Capabilities, NotCovered, agree
 
 T = TypeVar("T")
 DrawName = str | tuple[str, int]
@@ -172,10 +172,15 @@ class Guarded:
     def __init__(self, name: str, subject: Any) -> None:
         self.name, self.subject = name, subject
         self.capabilities: Capabilities = subject.capabilities
-        self._translate = subject.translate
+        self._translate: Any = getattr(subject, "translate", None)
         self._preload = self.capabilities.preload
         self._keep = hasattr(subject, "departure")
         self.calls: list[tuple[Cpu, Memory, Access, Outcome]] = []
+
+    def lacks(self, invariant: Invariant) -> frozenset[str]:
+        """What the invariant needs and the subject does not observe."""
+        own = {TRANSLATE} if self._translate is not None else set()
+        return invariant.needs - self.capabilities.observes - own
 
     def __getattr__(self, name: str) -> Any:
         """A faculty of the subject, guarded: what `needs` of an invariant asks for."""

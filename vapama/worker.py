@@ -64,7 +64,7 @@ def _check_invariants(job: Job, tell: Tell) -> None:
     applicable = []
     for name in job.invariants:
         invariant = registry[name]
-        lacking = invariant.needs - subject.capabilities.observes
+        lacking = subject.lacks(invariant)
         if lacking:
             tell(Event(verdict=_not_observed(job, invariant, lacking)))
         else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vapama.case import load_case
 from vapama.spec.nondet import load_invariants
-from vapama.spec.subject import ERROR_CODE, LEVEL, PA
+from vapama.spec.subject import ERROR_CODE, LEVEL, PA, TRANSLATE
 
 PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-ra")
 
@@ -20,7 +20,7 @@ def run(*options: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProc
 OBSERVED = [
     invariant
     for invariant in load_invariants().values()
-    if invariant.needs <= {PA, LEVEL, ERROR_CODE}
+    if invariant.needs <= {TRANSLATE, PA, LEVEL, ERROR_CODE}
 ]
 
 

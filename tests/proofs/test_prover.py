@@ -279,7 +279,9 @@ def test_an_invariant_names_its_source_its_twin_and_its_claim(name: str) -> None
     assert invariant.claim.__doc__
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize(
+    "name", [name for name in MISTAKES if not INVARIANTS[MISTAKES[name].breaks].searched]
+)
 def test_a_seeded_mistake_is_refuted_by_a_case_that_fails_on_ints(name: str) -> None:
     invariant = INVARIANTS[MISTAKES[name].breaks]
     verdict = refute(invariant, name)
