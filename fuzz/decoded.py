@@ -9,11 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
 from vapama.runs import Concrete, DrawName, recorded
-from vapama.spec import domains
 from vapama.spec.domains import Domain
 from vapama.spec.nondet import Reject
-
-decode_entry = domains.ENTRY.decode
 
 
 class Decoded(Concrete):
@@ -43,9 +40,9 @@ class Decoded(Concrete):
         self.trail.append((group.names, values))
         return values
 
-    def entry(self, memory: str, address: int) -> int:
+    def entry(self, memory: str, address: int, domain: Domain) -> int:
         """A decoded entry of a memory."""
-        value = decode_entry(self.take(16))
+        value = domain.decode(self.take(domain.raw_bytes))
         self.trail.append(((memory, address), value))
         return value
 

@@ -541,7 +541,12 @@ class Explorer(Nondet):
         self._drawn(name, z3.BitVecVal(chosen, 64))
         return options[chosen]
 
-    def memory(self, name: str, given: Sequence[tuple[Any, Any]] = ()) -> Any:
+    def memory(
+        self,
+        name: str,
+        given: Sequence[tuple[Any, Any]] = (),
+        entries: Domain = domains.ENTRY,
+    ) -> Any:
         """A fresh SMT array."""
         memory = SymMemory(name, self.word(f"{name}.limit", domains.LIMIT))
         if self.pins is not None:

@@ -21,6 +21,7 @@ from vapama.spec.cpu import (
     NW,
     NXE,
     PAE,
+    PCIDE,
     PE,
     PG,
     PKE,
@@ -31,7 +32,8 @@ from vapama.spec.cpu import (
     SMEP,
     WP,
 )
-from vapama.spec.words import WORD, Word
+from vapama.spec.stage import EPT_CAPABILITIES, HOST_CR4_DEFINED, HOST_EFER_DEFINED, PSE
+from vapama.spec.words import WORD, Word, low_bits
 
 ESCAPE = 0xFF
 """The first raw byte that makes a biased domain take its value as it is from 8 further bytes."""
@@ -121,6 +123,50 @@ def entry_of(raw: int) -> Word:
     return entry
 
 
+def pae_entry_of(raw: int) -> Word:
+    """An entry of PAE paging: as often one that is valid in a PDPT as one for the levels below."""
+    if raw >> 56 & 1:
+        return (raw >> 20 & 0xF) << 12 | (raw >> 24 & 0xF) << 9 | (1 if raw & 0xFF > 2 else 0)
+    return entry_of(raw) & ~(0x7FF << 52 if raw >> 57 & 3 else 0)
+
+
+def pair_of(raw: int) -> Word:
+    """Two 4-byte entries of 32-bit paging, alike but for their frames and rights."""
+    low = entry_of(raw) & 0xFFFF_FFFF
+    return low | (low ^ (raw >> 44 & 0xF007)) << 32
+
+
+def ept_entry_of(raw: int) -> Word:
+    """An EPT entry: mostly present and permissive, in a small pool of frames.
+
+    Raw bits: 7:0 what kind, 11:8 rights, 19:12 memory type, ignore PAT and bits 11:8 of the entry,
+    23:20 frame, 35:24 high bits of the entry.
+    """
+    how = raw & 0xFF
+    if how < 6:
+        return 0 if how < 3 else raw & ~0x407
+    entry = (raw >> 8 & 0xF00) | (raw >> 20 & 0xF) << 12 | (raw >> 24 & 0xFFF) << 52
+    entry |= (7, 7, 7, 7, 5, 3, 1, raw >> 8 & 7)[how & 7]
+    if how & 0x38 == 0x08:
+        entry ^= (raw >> 20 & 0xF) << 12
+        entry |= 0x80 | (raw >> 20 & 0xF) << (21 if how & 0x40 else 30)
+        if raw >> 60 == 0xF:
+            entry |= 1 << 12 + (raw >> 37) % 18
+    if how & 0x30 == 0 or how & 0x78 == 0x10:
+        entry |= (0x30, 0x70, 0x30, raw >> 12 & 0x78)[raw >> 10 & 3]
+    if raw >> 59 == 1:
+        entry |= 1 << (raw >> 37) % 40 + 12
+    return entry
+
+
+def _gpa(raw: int) -> Word:
+    """A guest-physical address: mostly of 48 bits, some of 32 or 52, some with equal indices."""
+    how = raw & 0xFF
+    if how & 3 == 1:
+        return (raw >> 20 & 0x1FF) * 0x80_4020_1000 & low_bits(48) | raw >> 52
+    return raw >> 8 & low_bits((32, 48, 32, 48, 48, 48, 52, 39)[how >> 5])
+
+
 def _address(raw: int) -> Word:
     """A linear address: mostly canonical with 48 bits, some with 57, some with equal indices."""
     how = raw & 0xFF
@@ -164,6 +210,28 @@ ENTRY = Domain(
     ),
 )
 """A paging-structure entry: any 64 bits."""
+PAE_ENTRY = Domain(bias=pae_entry_of, scope=(0x1001, 0x1007, 0, 0x3007, 0x2003, 0x5001))
+"""An entry of PAE paging: any 64 bits."""
+PAIR = Domain(bias=pair_of, scope=(0x1007_0000_1007, 0x2003_0000_0087, 0, 0x5001))
+"""Two 4-byte entries of 32-bit paging: any 64 bits."""
+EPT_ENTRY = Domain(
+    bias=ept_entry_of,
+    scope=(
+        0x1007,  # all rights but a user's fetch; a table that references itself, or an UC page
+        0,
+        0x5405,  # read and fetch; outside a small memory
+        0x10B7,  # a large page, WB; misaligned, or a reserved bit where there is none
+        0x2004,  # execute-only
+        0x2003,  # read and write
+        0x2006,  # write without read
+        0x2400,  # a user's fetch alone, if anything
+        0x0B7,  # a large page that is aligned
+        0x203F,  # a memory type that there is not
+    ),
+)
+"""An EPT entry: any 64 bits."""
+GPA = Domain(free=(1 << 52) - 1, bias=_gpa, scope=(0x1234, 0x80_4020_1ABC))
+"""A guest-physical address: any 52 bits."""
 ADDRESS = Domain(bias=_address, scope=(0x1234, 0xFFFF_FF80_0020_0ABC, 1 << 47))
 """A linear address: any 64 bits."""
 LIMIT = Domain(free=((1 << 52) - 1) & ~0xFFF, bias=_limit, scope=(0x3000,))
@@ -203,3 +271,36 @@ MAXPHYADDR = Domain(among=tuple(range(32, 53)), scope=(40,))
 ACCESSES = (0, 2, 4, 6, 16, 20, 1, 3)
 """Kinds of access: W (2), U (4) and I (16) as in the page-fault error code, 1 if implicit."""
 ACCESS = Domain(among=ACCESSES)
+
+# The second stage.
+EPTP_ROOT = Domain(
+    free=((1 << 52) - 1) & ~0xFFF, bias=lambda raw: _cr3(raw) & ~0xFFF, scope=(0x1000,)
+)
+"""The frame of EPTP, of which bits from MAXPHYADDR up are then cut off."""
+EPTP_LOW = Domain(
+    among=tuple(low | ad << 6 for low in (0x1E, 0x26, 0x18, 0x20) for ad in (1, 0)),
+    scope=(0x5E, 0x1E, 0x66),
+)
+"""Bits 11:0 of EPTP: memory type, page-walk length, accessed and dirty flags."""
+EPT_FEATURES = 0x43_0001
+"""Of the capabilities those that a walk depends on: execute-only, 2-MByte and 1-GByte pages,
+advanced information."""
+EPT_CAPABILITY = Domain(
+    free=EPT_FEATURES, fixed=EPT_CAPABILITIES & ~EPT_FEATURES, scope=(EPT_CAPABILITIES,)
+)
+HOST_MODE = Domain(among=(2, 3, 1, 0), scope=(2,))
+"""A host's paging: 0 32-bit, 1 PAE, 2 4-level, 3 5-level."""
+HOST_CR4 = Domain(free=HOST_CR4_DEFINED & ~(PAE | LA57 | PCIDE), scope=(PSE | SMEP | SMAP | PKE,))
+HOST_EFER = Domain(free=HOST_EFER_DEFINED & ~(LME | LMA), scope=(NXE,))
+
+# Kinds of guest-physical access: W (2), U (4) and I (16) as in the page-fault error code; 8 to a
+# table; 1 for no linear address; 32 writable, 64 no-execute; 128 shadow stack.
+GUEST_PHYSICAL_ACCESSES = (
+    *(what | user | page for what in (0, 2, 16) for user in (4, 0) for page in (32, 0, 64, 96)),
+    *(8 | what | user for what in (0, 2) for user in (0, 4)),
+    8 | 1,
+    *(128 | what | user | page for what in (0, 2) for user in (0, 4) for page in (0, 32)),
+)
+GUEST_PHYSICAL_ACCESS = Domain(
+    among=GUEST_PHYSICAL_ACCESSES, scope=(0, 2, 16, 20, 8, 10, 9, 2 | 4 | 32 | 128)
+)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vapama.spec import domains
-from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu
+from vapama.spec.access import Access, GuestPhysicalAccess
+from vapama.spec.cpu import LA57, LMA, LME, PAE, Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
+from vapama.spec.stage import Ept, Npt
 from vapama.spec.subject import TRANSLATE
 from vapama.spec.words import Condition, Flag, Word, low_bits
 
@@ -42,9 +43,15 @@ class Nondet(ABC):
         """Any of `options`. A proof explores each on its own: prefer `word` for mere values."""
 
     @abstractmethod
-    def memory(self, name: str, given: Sequence[tuple[Word, Word]] = ()) -> Memory:
+    def memory(
+        self,
+        name: str,
+        given: Sequence[tuple[Word, Word]] = (),
+        entries: Domain = domains.ENTRY,
+    ) -> Memory:
         """Any memory: any size in whole pages, any content but for the `given` entries (address
-        and value), which it holds.
+        and value), which it holds. `entries`, a domain of all 64-bit words, says which of them a
+        search is to prefer: those of the tables' format.
         """
 
     @abstractmethod
@@ -81,6 +88,36 @@ class Nondet(ABC):
         # The domains hold nothing impossible (a test says so), so the check is not paid each time.
         return Cpu._make((cr0, cr3, *others, maxphyaddr))
 
+    def guest_physical_access(self) -> GuestPhysicalAccess:
+        """Any access to any guest-physical address."""
+        kind, address = self.words(GUEST_PHYSICAL_ACCESS_DRAWS)
+        return GuestPhysicalAccess(
+            address,
+            write=kind >> 1 & 1,
+            fetch=kind >> 4 & 1,
+            user=kind >> 2 & 1,
+            table=kind >> 3 & 1,
+            linear=kind & 1 ^ 1,
+            writable=kind >> 5 & 1,
+            no_execute=kind >> 6 & 1,
+            shadow_stack=kind >> 7,
+        )
+
+    def ept(self) -> Ept:
+        """Any extended page tables with any capabilities."""
+        maxphyaddr, low, root, mbec, capabilities = self.words(EPT_DRAWS)
+        eptp = root & low_bits(maxphyaddr) | low
+        return Ept._make((eptp, maxphyaddr, mbec, capabilities))
+
+    def npt(self) -> Npt:
+        """Any nested page tables, of a host in any paging mode."""
+        maxphyaddr, mode, cr0, ncr3, cr4, efer, page1gb = self.words(NPT_DRAWS)
+        five, long_mode = mode & mode >> 1, mode >> 1
+        cr4 = cr4 | (mode & 1 | long_mode) * PAE | five * LA57
+        efer = efer | long_mode * (LMA | LME)
+        ncr3 = ncr3 & low_bits(32 + long_mode * (maxphyaddr - 32))
+        return Npt._make((ncr3, cr4, efer, cr0, page1gb, maxphyaddr, 0))
+
 
 CPU_DRAWS = (
     ("maxphyaddr", domains.MAXPHYADDR),
@@ -94,6 +131,26 @@ CPU_DRAWS = (
     ("page1gb", domains.PAGE1GB),
 )
 """MAXPHYADDR, and the registers in the order of `Cpu`."""
+EPT_DRAWS = (
+    ("ept.maxphyaddr", domains.MAXPHYADDR),
+    ("ept.low", domains.EPTP_LOW),
+    ("ept.root", domains.EPTP_ROOT),
+    ("ept.mbec", domains.FLAG),
+    ("ept.capabilities", domains.EPT_CAPABILITY),
+)
+NPT_DRAWS = (
+    ("npt.maxphyaddr", domains.MAXPHYADDR),
+    ("npt.mode", domains.HOST_MODE),
+    ("npt.cr0", domains.CR0),
+    ("npt.ncr3", domains.CR3),
+    ("npt.cr4", domains.HOST_CR4),
+    ("npt.efer", domains.HOST_EFER),
+    ("npt.page1gb", domains.PAGE1GB),
+)
+GUEST_PHYSICAL_ACCESS_DRAWS = (
+    ("gpa.access", domains.GUEST_PHYSICAL_ACCESS),
+    ("gpa", domains.GPA),
+)
 ACCESS_DRAWS = (("access", domains.ACCESS), ("address", domains.ADDRESS))
 
 Claim = Callable[[Nondet, Any], None]

@@ -1,7 +1,7 @@
 """Outcomes of one access through paging, with the architecture's own codes.
 
 Where the architecture leaves a choice, an outcome holds the set of what is allowed, as bits that
-may be set besides those that must: `PageFault.may_update` and `PageFault.open_bits`.
+may be set besides those that must: `may_update` and `open_bits`.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,51 @@ class OutsideMemory:
     may_update: tuple[Update, ...] = ()
 
 
-Outcome: TypeAlias = Translated | PageFault | NonCanonical | OutsideMemory
+@dataclass(slots=True)
+class EptViolation:
+    """VM exit 48: the EPT entries for guest-physical address `gpa` do not allow the access.
+
+    `qualification` is the exit qualification; `open_bits` are those of its bits that the manual
+    leaves undefined, or that depend on more than the access. `may_update` is as in `PageFault`.
+    """
+
+    qualification: Word
+    gpa: Word
+    may_update: tuple[Update, ...] = ()
+    open_bits: Word = 0
+
+
+@dataclass(slots=True)
+class EptMisconfiguration:
+    """VM exit 49: an EPT entry for guest-physical address `gpa` has an unsupported value."""
+
+    gpa: Word
+    may_update: tuple[Update, ...] = ()
+
+
+@dataclass(slots=True)
+class NestedPageFault:
+    """#VMEXIT(NPF): the nested tables do not allow the access to guest-physical address `gpa`.
+
+    `exitinfo1` is EXITINFO1, `gpa` EXITINFO2; `open_bits` are bits of EXITINFO1 that the manual
+    leaves undecided. `may_update` is as in `PageFault`.
+    """
+
+    exitinfo1: Word
+    gpa: Word
+    may_update: tuple[Update, ...] = ()
+    open_bits: Word = 0
+
+
+Outcome: TypeAlias = (
+    Translated
+    | PageFault
+    | NonCanonical
+    | OutsideMemory
+    | EptViolation
+    | EptMisconfiguration
+    | NestedPageFault
+)
 
 
 def kind(outcome: Outcome) -> str:
@@ -72,4 +116,7 @@ _KINDS = {
     PageFault: "page fault",
     NonCanonical: "non-canonical address",
     OutsideMemory: "entry outside memory",
+    EptViolation: "EPT violation",
+    EptMisconfiguration: "EPT misconfiguration",
+    NestedPageFault: "nested page fault",
 }

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from vapama.spec.access import Access
+from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
 from vapama.spec.outcomes import (
+    EptMisconfiguration,
+    EptViolation,
+    NestedPageFault,
     NonCanonical,
     Outcome,
     OutsideMemory,
@@ -20,6 +23,7 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
+from vapama.spec.stage import Stage
 from vapama.spec.words import Condition, Word
 
 # What a subject can be able to observe.
@@ -30,7 +34,7 @@ PA = "pa"
 LEVEL = "level"
 """The level that maps the page, that is its size."""
 ERROR_CODE = "error code"
-"""The page-fault error code."""
+"""The page-fault error code; of a second stage the exit qualification, or EXITINFO1."""
 UPDATES = "updates"
 """The accessed and dirty flags set, entry by entry in the order of the walk."""
 EFFECTS = "effects"
@@ -39,6 +43,10 @@ LOADS = "loads"
 """Each entry that the walk reads (it reads them through `Memory.load`)."""
 MANY = "translate_many"
 """Has `translate_many`."""
+SECOND_STAGE = "second_stage"
+"""Has `second_stage`: it translates guest-physical addresses."""
+SECOND_STAGE_MANY = "second_stage_many"
+"""Has `second_stage_many`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,25 @@ class BatchSubject(Subject, Protocol):
         """The outcomes of `access` at each of `addresses`; no flags are set on the way."""
 
 
+class SecondStageSubject(Subject, Protocol):
+    """A subject that also translates guest-physical addresses, by EPT or nested page tables."""
+
+    def second_stage(self, stage: Stage, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
+        """The outcome of one access from a clean state (no cached translations).
+
+        Raises `NotCovered` for a case outside what the subject can be asked.
+        """
+
+
+class SecondStageBatchSubject(SecondStageSubject, Protocol):
+    """A subject that also translates many guest-physical addresses in one call."""
+
+    def second_stage_many(
+        self, stage: Stage, memory: Memory, gpas: Sequence[Word], access: GuestPhysicalAccess
+    ) -> list[Outcome]:
+        """The outcomes of `access` at each of `gpas`; no flags are set on the way."""
+
+
 class NotCovered(Exception):
     """The subject cannot be asked this case; say why."""
 
@@ -110,6 +137,21 @@ def agree(
                 difference = expected.error_code ^ observed.error_code
                 same = same & (difference & ~expected.open_bits == 0)
             return same
+        case EptViolation(), EptViolation():
+            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+            if ERROR_CODE in observes:
+                difference = expected.qualification ^ observed.qualification
+                same = same & (difference & ~expected.open_bits == 0)
+            return same & (expected.gpa == observed.gpa)
+        case NestedPageFault(), NestedPageFault():
+            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+            if ERROR_CODE in observes:
+                difference = expected.exitinfo1 ^ observed.exitinfo1
+                same = same & (difference & ~expected.open_bits == 0)
+            return same & (expected.gpa == observed.gpa)
+        case EptMisconfiguration(), EptMisconfiguration():
+            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+            return same & (expected.gpa == observed.gpa)
         case OutsideMemory(), OutsideMemory():
             same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
             return same & (expected.address == observed.address)

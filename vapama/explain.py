@@ -1,15 +1,18 @@
 """Walks as a person reads them: each level, index, entry and its bits, where and why it stopped."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from vapama.spec import paging
+from vapama.spec import ept, npt, paging
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Memory
 from vapama.spec.outcomes import (
     PK,
     RSVD,
+    EptMisconfiguration,
+    EptViolation,
     I,
+    NestedPageFault,
     NonCanonical,
     Outcome,
     OutsideMemory,
@@ -17,14 +20,42 @@ from vapama.spec.outcomes import (
     PageFault,
     Translated,
     U,
+    Update,
     W,
 )
 from vapama.spec.words import is_canonical
 
 STRUCTURES = {5: "PML5E", 4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
 SIZES = {1: "4 KBytes", 2: "2 MBytes", 3: "1 GByte"}
-ERROR_BITS = ((P, "P"), (W, "W"), (U, "U"), (RSVD, "RSVD"), (I, "I"), (PK, "PK"))
-ENTRY_BITS = (
+Names = Sequence[tuple[int, str]]
+ERROR_BITS: Names = ((P, "P"), (W, "W"), (U, "U"), (RSVD, "RSVD"), (I, "I"), (PK, "PK"))
+EXITINFO1_BITS: Names = (
+    *ERROR_BITS[:5],
+    (npt.SS, "SS"),
+    (npt.FINAL, "final"),
+    (npt.TABLE, "table"),
+)
+QUALIFICATION_BITS: Names = (
+    (ept.DATA_READ, "read"),
+    (ept.DATA_WRITE, "write"),
+    (ept.FETCH, "fetch"),
+    (ept.READABLE, "readable"),
+    (ept.WRITABLE, "writable"),
+    (ept.EXECUTABLE, "executable"),
+    (ept.USER_EXECUTABLE, "user-executable"),
+    (ept.LINEAR_VALID, "linear"),
+    (ept.TRANSLATION, "translation"),
+    (ept.USER_LINEAR, "user-page"),
+    (ept.WRITABLE_PAGE, "writable-page"),
+    (ept.NO_EXECUTE_PAGE, "no-execute-page"),
+    (ept.SHADOW_STACK_ACCESS, "shadow-stack"),
+)
+FLAG_BITS: Names = (
+    (paging.ACCESSED | paging.ACCESSED << 32 | ept.ACCESSED, "A"),
+    (paging.DIRTY | paging.DIRTY << 32 | ept.DIRTY, "D"),
+)
+"""Of an 8-byte entry, of the upper of two 4-byte ones (the lower is as the first), of EPT."""
+ENTRY_BITS: Names = (
     (paging.PRESENT, "P"),
     (paging.WRITABLE, "W"),
     (paging.USER, "U"),
@@ -82,19 +113,42 @@ def describe_outcome(outcome: Outcome) -> str:
     match outcome:
         case Translated(pa, level, updates):
             size = f", a page of {SIZES[level]}" if level in SIZES else ""
-            marks = ", ".join(f"{_bits(u.bits)} at {u.address:#x}" for u in updates)
-            return f"translated to {pa:#x}{size}" + (f"; sets {marks}" if marks else "")
+            return f"translated to {pa:#x}{size}" + _marked("; sets", updates)
         case PageFault(code, updates, open_bits):
-            names = [name for bit, name in ERROR_BITS if code & bit]
-            text = f"#PF, error code {code:#x} ({' '.join(names) or 'no bits'})"
-            if open_bits:
-                text += f", of which {open_bits:#x} is undecided by the manuals"
-            marks = ", ".join(f"{_bits(u.bits)} at {u.address:#x}" for u in updates)
-            return text + (f"; may have set {marks}" if marks else "")
+            text = f"#PF, error code {_named(code, ERROR_BITS)}{_undecided(open_bits)}"
+            return text + _marked("; may have set", updates)
         case OutsideMemory(address):
             return f"the walk needs the entry at {address:#x}, outside memory"
         case NonCanonical():
             return "#GP(0): the address is not canonical"
+        case EptViolation(qualification, gpa, updates, open_bits):
+            bits = _named(qualification, QUALIFICATION_BITS)
+            text = f"EPT violation at {gpa:#x}, exit qualification {bits}{_undecided(open_bits)}"
+            return text + _marked("; may have set", updates)
+        case EptMisconfiguration(gpa, updates):
+            return f"EPT misconfiguration at {gpa:#x}" + _marked("; may have set", updates)
+        case NestedPageFault(exitinfo1, gpa, updates, open_bits):
+            bits = _named(exitinfo1, EXITINFO1_BITS)
+            text = f"nested page fault at {gpa:#x}, EXITINFO1 {bits}{_undecided(open_bits)}"
+            return text + _marked("; may have set", updates)
+
+
+def _named(word: int, names: Names) -> str:
+    return f"{word:#x} ({' '.join(name for bit, name in names if word & bit) or 'no bits'})"
+
+
+def _undecided(open_bits: int) -> str:
+    return f", of which {open_bits:#x} is undecided by the manuals" if open_bits else ""
+
+
+def _marked(verb: str, updates: Sequence[Update]) -> str:
+    """Accessed and dirty flags set, of entries of any format: by which bits they are."""
+    flags = ", ".join(
+        " ".join(name for bits, name in FLAG_BITS if update.bits & bits)
+        + f" at {update.address:#x}"
+        for update in updates
+    )
+    return f"{verb} {flags}" if flags else ""
 
 
 def _describe_step(cpu: Cpu, access: Access, step: paging.Step) -> str:

@@ -9,17 +9,18 @@ import signal
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from vapama.case import Case, make_case
-from vapama.spec import domains
-from vapama.spec.access import Access
+from vapama.spec import domains, second_stage
+from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import Invariant, Nondet, Reject
-from vapama.spec.outcomes import NonCanonical, Outcome, OutsideMemory, PageFault, Translated
+from vapama.spec.outcomes import Outcome
 from vapama.spec.paging import translate
+from vapama.spec.stage import Stage
 from vapama.spec.subject import TRANSLATE, Capabilities, NotCovered, agree
 
 T = TypeVar("T")
@@ -36,10 +37,10 @@ NOT_NARROWED: Mapping[str, Domain] = {}
 class LazyMemory:
     """A memory whose entries are drawn when a walk first reads them."""
 
-    __slots__ = ("entries", "limit", "name", "nondet")
+    __slots__ = ("domain", "entries", "limit", "name", "nondet")
 
-    def __init__(self, nondet: "Concrete", name: str, limit: int) -> None:
-        self.nondet, self.name, self.limit = nondet, name, limit
+    def __init__(self, nondet: "Concrete", name: str, limit: int, domain: Domain) -> None:
+        self.nondet, self.name, self.limit, self.domain = nondet, name, limit, domain
         self.entries: dict[int, int] = {}
 
     def load(self, address: int) -> int:
@@ -48,7 +49,8 @@ class LazyMemory:
         if value is None:
             if not 0 <= address < self.limit or address & 7:
                 raise OutsideRead(f"a load at {address:#x}, outside the {self.limit:#x} bytes")
-            value = self.entries[address] = self.nondet.entry(self.name, address)
+            value = self.nondet.entry(self.name, address, self.domain)
+            self.entries[address] = value
         return value
 
 
@@ -75,10 +77,10 @@ class Concrete(Nondet):
         self.trail.append((name, value))
         return value
 
-    def entry(self, memory: str, address: int) -> int:
+    def entry(self, memory: str, address: int, domain: Domain) -> int:
         """A drawn entry of a memory."""
         name = (memory, address)
-        value = self.draw(name, domains.ENTRY)
+        value = self.draw(name, domain)
         self.trail.append((name, value))
         return value
 
@@ -88,9 +90,14 @@ class Concrete(Nondet):
         self.trail.append((name, index))
         return options[index]
 
-    def memory(self, name: str, given: Sequence[tuple[int, int]] = ()) -> Memory:
+    def memory(
+        self,
+        name: str,
+        given: Sequence[tuple[int, int]] = (),
+        entries: Domain = domains.ENTRY,
+    ) -> Memory:
         """A memory drawn entry by entry."""
-        memory = LazyMemory(self, name, self.word(f"{name}.limit", domains.LIMIT))
+        memory = LazyMemory(self, name, self.word(f"{name}.limit", domains.LIMIT), entries)
         for address, value in given:
             self.assume(address < memory.limit)
             memory.entries[address] = value
@@ -150,7 +157,7 @@ def recorded(values: Mapping[str, int], name: DrawName, domain: Domain) -> int:
     return value
 
 
-OUTCOMES = frozenset({Translated, PageFault, NonCanonical, OutsideMemory})
+OUTCOMES = frozenset(get_args(Outcome))
 
 
 class SubjectRaised(BaseException):
@@ -221,6 +228,26 @@ class Guarded:
         outcomes: list[Outcome] = many(cpu, memory, addresses, access)
         return outcomes
 
+    def second_stage(self, stage: Stage, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
+        """The subject's outcome for a guest-physical address."""
+        if self._preload:
+            memory = second_stage_preloaded(stage, memory, [access])
+        outcome: Outcome = GuardedCall(self.subject.second_stage)(stage, memory, access)
+        if type(outcome) not in OUTCOMES:
+            raise SubjectRaised(f"nothing, but returned {outcome!r}, which is not an outcome"[:200])
+        return outcome
+
+    def second_stage_many(
+        self, stage: Stage, memory: Memory, gpas: Sequence[int], access: GuestPhysicalAccess
+    ) -> list[Outcome]:
+        """The subject's outcomes for several guest-physical addresses."""
+        if self._preload:
+            accesses = [access._replace(address=gpa) for gpa in gpas]
+            memory = second_stage_preloaded(stage, memory, accesses)
+        many = GuardedCall(self.subject.second_stage_many)
+        outcomes: list[Outcome] = many(stage, memory, gpas, access)
+        return outcomes
+
     def departure(self) -> str | None:
         """The known departure, by name, that a call of this run shows; None if there is none."""
         for cpu, memory, access, observed in self.calls:
@@ -282,6 +309,16 @@ def preloaded(cpu: Cpu, memory: Memory, access: Access) -> Sparse:
     """The entries of `memory` that a walk reads, read (and so drawn) by the reference."""
     watched = Watched(memory)
     translate(cpu, watched, access)
+    return Sparse({a: memory.load(a) for a in watched.loads}, memory.limit)
+
+
+def second_stage_preloaded(
+    stage: Stage, memory: Memory, accesses: Sequence[GuestPhysicalAccess]
+) -> Sparse:
+    """The entries that a second stage reads for these accesses, read (and so drawn) by it."""
+    watched = Watched(memory)
+    for access in accesses:
+        second_stage.translate(stage, watched, access)
     return Sparse({a: memory.load(a) for a in watched.loads}, memory.limit)
 
 

@@ -8,17 +8,27 @@ from typing import Any
 
 from vapama.case import BadInput
 from vapama.runs import Guarded
+from vapama.spec import second_stage
 from vapama.spec.paging import translate
-from vapama.spec.subject import ERROR_CODE, LEVEL, LOADS, PA, UPDATES, Capabilities
+from vapama.spec.subject import (
+    ERROR_CODE,
+    LEVEL,
+    LOADS,
+    PA,
+    SECOND_STAGE,
+    UPDATES,
+    Capabilities,
+)
 
 
 class Reference:
     """The specification itself as a subject: what invariants say of it, they say of the spec."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS}), symbolic=True
+        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, SECOND_STAGE}), symbolic=True
     )
     translate = staticmethod(translate)
+    second_stage = staticmethod(second_stage.translate)
 
 
 def _optimized() -> Any:
