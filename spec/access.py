@@ -10,7 +10,9 @@ class Access(NamedTuple):
 
     `user` is 1 for a user-mode access (made at CPL 3). `implicit` is 1 for an access that the
     processor makes by itself to a system structure (GDT, LDT, IDT, TSS): a supervisor-mode data
-    access at any CPL, which RFLAGS.AC does not exempt from SMAP. Source: SDM Vol. 3A, 4.6.
+    access at any CPL, which RFLAGS.AC does not exempt from SMAP. `shadow_stack` is 1 for a read or
+    write of a shadow stack, `user` with it at CPL 3 and for WRUSS at any CPL; there are such
+    accesses only with CR4.CET=1, without it the mark does not count. Source: SDM Vol. 3A, 4.6.
     """
 
     address: Word
@@ -18,6 +20,7 @@ class Access(NamedTuple):
     fetch: Flag = 0
     user: Flag = 0
     implicit: Flag = 0
+    shadow_stack: Flag = 0
 
 
 class GuestPhysicalAccess(NamedTuple):

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 from vapama.spec.cpu import (
     AC,
+    CET,
     CR0_DEFINED,
     CR4_DEFINED,
     CR4_UNSPECIFIED,
     EFER_DEFINED,
     EFER_UNSPECIFIED,
     LA57,
+    LAM_SUP,
     LMA,
     LME,
     NW,
@@ -30,6 +32,7 @@ from vapama.spec.cpu import (
     RFLAGS_ONE,
     SMAP,
     SMEP,
+    VM,
     WP,
 )
 from vapama.spec.stage import EPT_CAPABILITIES, HOST_CR4_DEFINED, HOST_EFER_DEFINED, PSE
@@ -247,7 +250,7 @@ CR0 = Domain(
 CR3 = Domain(free=(1 << 52) - 1, bias=_cr3, scope=(0x1000,))
 """CR3, of which bits from MAXPHYADDR up are then cut off."""
 CR4 = Domain(
-    free=CR4_DEFINED & ~CR4_UNSPECIFIED & ~PAE,
+    free=CR4_DEFINED & ~CR4_UNSPECIFIED & ~(PAE | CET | LAM_SUP),
     fixed=PAE,
     scope=(
         PAE | SMEP | SMAP | PKE | PKS,
@@ -261,7 +264,9 @@ EFER = Domain(
     scope=(LME | LMA | NXE,),
 )
 RFLAGS = Domain(
-    free=RFLAGS_DEFINED & ~RFLAGS_ONE, fixed=RFLAGS_ONE, scope=(RFLAGS_ONE, RFLAGS_ONE | AC)
+    free=RFLAGS_DEFINED & ~(RFLAGS_ONE | VM),
+    fixed=RFLAGS_ONE,
+    scope=(RFLAGS_ONE, RFLAGS_ONE | AC),
 )
 KEYS = Domain(free=(1 << 32) - 1, bias=_keys, scope=(0b101100,))
 """PKRU and IA32_PKRS: two bits a key. In the scope, key 1 is disabled and key 2 read-only."""

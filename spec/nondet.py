@@ -86,7 +86,7 @@ class Nondet(ABC):
         maxphyaddr, cr0, cr3, *others = self.words(CPU_DRAWS)
         cr3 = cr3 & low_bits(maxphyaddr)
         # The domains hold nothing impossible (a test says so), so the check is not paid each time.
-        return Cpu._make((cr0, cr3, *others, maxphyaddr))
+        return Cpu._make((cr0, cr3, *others, maxphyaddr, 1, None))
 
     def guest_physical_access(self) -> GuestPhysicalAccess:
         """Any access to any guest-physical address."""

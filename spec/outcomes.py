@@ -10,11 +10,14 @@ from typing import NamedTuple, TypeAlias
 from vapama.spec.words import Word
 
 # Page-fault error code (Intel SDM Vol. 3A, 4.7).
-P, W, U, RSVD, I, PK = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5
+P, W, U, RSVD, I, PK, SS = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6
 
 
 class Update(NamedTuple):
-    """Bits to be set (or'ed) into the paging-structure entry at a physical address."""
+    """Bits to be set (or'ed) into the 8 bytes of memory at a physical address.
+
+    They hold one 8-byte entry, or two of 4 bytes: flags of the second stand 32 bits further up.
+    """
 
     address: Word
     bits: Word
@@ -22,7 +25,8 @@ class Update(NamedTuple):
 
 @dataclass(slots=True)
 class Translated:
-    """The access goes to physical address `pa`, through a page mapped at `level` (1, 2 or 3).
+    """The access goes to physical address `pa`, through a page mapped at `level` (1, 2 or 3; 0 if
+    paging is off, and there are no pages).
 
     `updates` are the accessed and dirty flags it sets, in the order of the walk, one for every
     entry used, whether or not the flags were set before.
@@ -49,6 +53,11 @@ class PageFault:
 @dataclass(slots=True)
 class NonCanonical:
     """The linear address is not canonical: #GP(0), or #SS(0) for a stack access."""
+
+
+@dataclass(slots=True)
+class GeneralProtection:
+    """#GP(0): an instruction is refused, and changes nothing."""
 
 
 @dataclass(slots=True)
