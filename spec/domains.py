@@ -18,6 +18,8 @@ from vapama.spec.cpu import (
     EFER_UNSPECIFIED,
     LA57,
     LAM_SUP,
+    LAM_U48,
+    LAM_U57,
     LMA,
     LME,
     NW,
@@ -28,6 +30,7 @@ from vapama.spec.cpu import (
     PG,
     PKE,
     PKS,
+    PSE,
     RFLAGS_DEFINED,
     RFLAGS_ONE,
     SMAP,
@@ -35,7 +38,7 @@ from vapama.spec.cpu import (
     VM,
     WP,
 )
-from vapama.spec.stage import EPT_CAPABILITIES, HOST_CR4_DEFINED, HOST_EFER_DEFINED, PSE
+from vapama.spec.stage import EPT_CAPABILITIES, HOST_CR4_DEFINED, HOST_EFER_DEFINED
 from vapama.spec.words import WORD, Word, low_bits
 
 ESCAPE = 0xFF
@@ -134,9 +137,26 @@ def pae_entry_of(raw: int) -> Word:
 
 
 def pair_of(raw: int) -> Word:
-    """Two 4-byte entries of 32-bit paging, alike but for their frames and rights."""
-    low = entry_of(raw) & 0xFFFF_FFFF
-    return low | (low ^ (raw >> 44 & 0xF007)) << 32
+    """Two 4-byte entries of 32-bit paging."""
+    return half_of(raw & 0xFFFF_FFFF) | half_of(raw >> 32) << 32
+
+
+def half_of(raw: int) -> Word:
+    """A 4-byte entry: mostly present and permissive, in the pool of frames.
+
+    Raw bits: 7:0 what kind, 19:8 low bits of the entry, 23:20 frame, 31:24 bits of an odd frame.
+    """
+    how = raw & 0xFF
+    if how < 6:
+        return 0 if how < 3 else raw & ~1
+    entry = (raw >> 8 & 0xF7E) | 1
+    if how & 3:
+        entry |= 6
+    if how & 0x1C == 0x08:
+        above_4g = (raw >> 24 & 0xFF) << 13 if how & 0x40 else 0
+        return entry | 0x80 | (raw >> 20 & 0xF) << 22 | above_4g | (raw >> 31 & how >> 5 & 1) << 21
+    odd = 1 << 16 + (raw >> 24 & 0xF) if raw >> 28 == 1 else 0
+    return entry | (raw >> 20 & 0xF) << 12 | odd
 
 
 def ept_entry_of(raw: int) -> Word:
@@ -192,6 +212,25 @@ def _cr3(raw: int) -> Word:
     return (raw >> 8 & 0xF) << 12 | raw >> 16 & 0xFFF
 
 
+def _masked_cr3(raw: int) -> Word:
+    return _cr3(raw) | (raw >> 32 & raw >> 34 & 3) << 61
+
+
+def _tagged_address(raw: int) -> Word:
+    """A linear address with something in the bits that may be masked."""
+    address = _address(raw >> 8 | (raw & 0xFF) << 56)
+    tag = (raw >> 48 & 0x7FFF) << 48
+    return address & ~(0x7FFF << 48) | tag if raw & 0x40 else address
+
+
+def _pdpte(raw: int) -> Word:
+    """A PDPTE register: mostly present, in the pool of frames."""
+    entry = (raw >> 8 & 0xE18) | (raw >> 20 & 0xF) << 12
+    if raw & 0xF == 0:
+        return raw & ~1
+    return entry | 1 | (1 << 16 + (raw >> 36) % 36 if raw & 0xF0 == 0x50 else 0)
+
+
 def _keys(raw: int) -> Word:
     """Rights of the 16 keys, most of them not disabled."""
     return (raw >> 8 | raw >> 16) & raw >> 32 & 0xFFFFFFFF
@@ -215,7 +254,17 @@ ENTRY = Domain(
 """A paging-structure entry: any 64 bits."""
 PAE_ENTRY = Domain(bias=pae_entry_of, scope=(0x1001, 0x1007, 0, 0x3007, 0x2003, 0x5001))
 """An entry of PAE paging: any 64 bits."""
-PAIR = Domain(bias=pair_of, scope=(0x1007_0000_1007, 0x2003_0000_0087, 0, 0x5001))
+PAIR = Domain(
+    bias=pair_of,
+    scope=(
+        0x1007_0000_1007,
+        0x2003_0000_0087,
+        0,
+        0x5001,
+        0x1003_0000_2045,  # read-only and dirty
+        0x0020_0087_0040_2087,  # large pages: a reserved bit; above 4 GBytes
+    ),
+)
 """Two 4-byte entries of 32-bit paging: any 64 bits."""
 EPT_ENTRY = Domain(
     bias=ept_entry_of,
@@ -237,6 +286,11 @@ GPA = Domain(free=(1 << 52) - 1, bias=_gpa, scope=(0x1234, 0x80_4020_1ABC))
 """A guest-physical address: any 52 bits."""
 ADDRESS = Domain(bias=_address, scope=(0x1234, 0xFFFF_FF80_0020_0ABC, 1 << 47))
 """A linear address: any 64 bits."""
+TAGGED_ADDRESS = Domain(
+    bias=_tagged_address,
+    scope=(0x1234, 0x7ABC_0000_0020_0ABC, 0x8ABC_FF80_0020_0ABC, 0x00FF_8000_0000_1234),
+)
+"""A linear address, with metadata more often than not: any 64 bits."""
 LIMIT = Domain(free=((1 << 52) - 1) & ~0xFFF, bias=_limit, scope=(0x3000,))
 """How many bytes of memory there are: whole pages, less than 2**52."""
 
@@ -273,9 +327,38 @@ KEYS = Domain(free=(1 << 32) - 1, bias=_keys, scope=(0b101100,))
 PAGE1GB = Domain(free=1, scope=(1,))
 MAXPHYADDR = Domain(among=tuple(range(32, 53)), scope=(40,))
 
+# Outside long mode, and with the features that long mode is drawn without. What a state needs of
+# several registers at once (CR4.CET needs CR0.WP) is seen to by `nondet.ControlStates`.
+MASKED_CR3 = Domain(
+    free=(1 << 52) - 1 | LAM_U57 | LAM_U48,
+    bias=_masked_cr3,
+    scope=(0x1000, 0x1000 | LAM_U57, 0x1000 | LAM_U48),
+)
+MASKING_CR4 = Domain(
+    free=CR4.free | CET | LAM_SUP,
+    fixed=PAE,
+    scope=(PAE | SMAP | CET | LAM_SUP, PAE | LA57 | PKE | PKS | CET | LAM_SUP, PAE),
+)
+LEGACY_CR4 = CR4_DEFINED & ~CR4_UNSPECIFIED & ~(PAE | PCIDE)
+CR4_32 = Domain(free=LEGACY_CR4, scope=(PSE | SMEP | SMAP | CET, PSE, 0))
+PAE_CR4 = Domain(free=LEGACY_CR4, fixed=PAE, scope=(PAE | SMEP | SMAP | CET, PAE))
+CR0_OFF = Domain(free=CR0_DEFINED & ~(PG | NW), scope=(0, PE))
+CR4_OFF = Domain(free=LEGACY_CR4 | PAE, scope=(0, PAE | CET))
+LEGACY_EFER = Domain(free=EFER_DEFINED & ~EFER_UNSPECIFIED & ~(LME | LMA), scope=(NXE, 0))
+EFER_OFF = Domain(free=LEGACY_EFER.free | LME, scope=(LME, 0))
+LEGACY_RFLAGS = Domain(
+    free=RFLAGS_DEFINED & ~RFLAGS_ONE, fixed=RFLAGS_ONE, scope=(RFLAGS_ONE, RFLAGS_ONE | VM | AC)
+)
+PSE36 = Domain(free=1, scope=(1,))
+PDPTE = Domain(bias=_pdpte, scope=(0x2001, 0))
+"""A PDPTE register: any 64 bits, of which those reserved in a present one are then cut off."""
+
 ACCESSES = (0, 2, 4, 6, 16, 20, 1, 3)
 """Kinds of access: W (2), U (4) and I (16) as in the page-fault error code, 1 if implicit."""
 ACCESS = Domain(among=ACCESSES)
+SHADOW_STACK_ACCESSES = (64, 66, 68, 70)
+"""The same with SS (64)."""
+ANY_ACCESS = Domain(among=ACCESSES + SHADOW_STACK_ACCESSES)
 
 # The second stage.
 EPTP_ROOT = Domain(

@@ -25,8 +25,9 @@ class Level(NamedTuple):
     """A level of paging structures.
 
     `number` is 1 for PTEs, 2 for PDEs, and so on up. A page mapped here leaves the low `shift` bits
-    of a linear address alone; the bits from there up, as many as `mask` has, select the entry. An entry maps a page if one of the bits `large` is 1, and at level 1 always. The bits
-    `reserved` must be 0 in every present entry, the bits `reserved_large` in one that maps a page.
+    of a linear address alone; those from there up, as many as `mask` has, select the entry. An
+    entry maps a page if the bit `large` is 1 in it, and at level 1 always. The bits `reserved` must
+    be 0 in every present entry, the bits `reserved_large` in one that maps a page.
     """
 
     number: int

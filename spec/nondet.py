@@ -8,18 +8,18 @@ symbols that stand for all values at once. `subject` is the implementation under
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vapama.spec import domains
 from vapama.spec.access import Access, GuestPhysicalAccess
-from vapama.spec.cpu import LA57, LMA, LME, PAE, Cpu
+from vapama.spec.cpu import LA57, LAM_U48, LAM_U57, LMA, LME, PAE, Cpu, reserved_in_pdptes
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
 from vapama.spec.stage import Ept, Npt
 from vapama.spec.subject import TRANSLATE
-from vapama.spec.words import Condition, Flag, Word, low_bits
+from vapama.spec.words import Condition, Flag, Word, bit, low_bits
 
 T = TypeVar("T")
 
@@ -77,16 +77,36 @@ class Nondet(ABC):
         return self.word(name, domains.FLAG)
 
     def access(self) -> Access:
-        """Any access to any linear address."""
+        """Any access to any linear address, but none to a shadow stack."""
         kind, address = self.words(ACCESS_DRAWS)
         return Access(address, kind >> 1 & 1, kind >> 4 & 1, kind >> 2 & 1, kind & 1)
 
-    def cpu(self) -> Cpu:
-        """Any control state with 4-level or 5-level paging."""
+    def cpu(self, *states: "ControlStates") -> Cpu:
+        """Any control state of these kinds; of 4-level or 5-level paging if none is named, without
+        masked addresses and shadow stacks.
+        """
+        if states:
+            return self._cpu_of(states)[0]
         maxphyaddr, cr0, cr3, *others = self.words(CPU_DRAWS)
         cr3 = cr3 & low_bits(maxphyaddr)
         # The domains hold nothing impossible (a test says so), so the check is not paid each time.
         return Cpu._make((cr0, cr3, *others, maxphyaddr, 1, None))
+
+    def walk(self, *states: "ControlStates") -> tuple[Cpu, Memory, Access]:
+        """Any control state of these kinds, any memory (named `guest`), any access to any linear
+        address, to a shadow stack too.
+        """
+        cpu, chosen = self._cpu_of(states)
+        memory = self.memory("guest", entries=chosen.entries)
+        kind, address = self.words(ANY_ACCESS_DRAWS)
+        access = Access(
+            address, kind >> 1 & 1, kind >> 4 & 1, kind >> 2 & 1, kind & 1, kind >> 6 & 1
+        )
+        return cpu, memory, access
+
+    def _cpu_of(self, states: Sequence["ControlStates"]) -> tuple[Cpu, "ControlStates"]:
+        chosen = states[0] if len(states) == 1 else self.one_of("states", states)
+        return chosen.made_of(self.words(chosen.draws)), chosen
 
     def guest_physical_access(self) -> GuestPhysicalAccess:
         """Any access to any guest-physical address."""
@@ -152,6 +172,59 @@ GUEST_PHYSICAL_ACCESS_DRAWS = (
     ("gpa", domains.GPA),
 )
 ACCESS_DRAWS = (("access", domains.ACCESS), ("address", domains.ADDRESS))
+ANY_ACCESS_DRAWS = (("access", domains.ANY_ACCESS), ("address", domains.TAGGED_ADDRESS))
+
+
+class ControlStates:
+    """Control states of one kind, to be drawn, and memories for them: see `Nondet.walk`.
+
+    Each register is of its domain: that of `CPU_DRAWS`, or the one given for it. What a state needs
+    of several at once is made so: CR3 and PDPTEs within MAXPHYADDR, CR0.WP with CR4.CET, RFLAGS.VM
+    in protected mode alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        registers: Mapping[str, Domain],
+        entries: Domain = domains.ENTRY,
+        pdptes: bool = False,
+    ) -> None:
+        self.name, self.entries, self.pdptes = name, entries, pdptes
+        draws = {**dict(CPU_DRAWS), "pse36": domains.PSE36, **registers}
+        if pdptes:
+            draws |= {f"pdpte{i}": domains.PDPTE for i in range(4)}
+        self.draws = tuple(draws.items())
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def made_of(self, values: Sequence[Word]) -> Cpu:
+        """The state of these drawn values."""
+        maxphyaddr, cr0, cr3, cr4, efer, rflags, *others = values
+        pkru, pkrs, page1gb, pse36, *pdptes = others
+        cr0 = cr0 | bit(cr4, 23) << 16
+        cr3 = cr3 & (low_bits(maxphyaddr) | LAM_U57 | LAM_U48)
+        rflags = rflags & ~((bit(cr0, 0) ^ 1) << 17)
+        reserved = reserved_in_pdptes(maxphyaddr)
+        loaded = tuple(pdpte & ~(bit(pdpte, 0) * reserved) for pdpte in pdptes)
+        registers = (cr0, cr3, cr4, efer, rflags, pkru, pkrs, page1gb, maxphyaddr, pse36)
+        return Cpu._make((*registers, loaded if self.pdptes else None))
+
+
+LONG_MODE = ControlStates(
+    "4-level and 5-level paging", {"cr3": domains.MASKED_CR3, "cr4": domains.MASKING_CR4}
+)
+"""With masked addresses and shadow stacks, other than what `Nondet.cpu` draws of itself."""
+_LEGACY = {"cr3": domains.MASKED_CR3, "efer": domains.LEGACY_EFER, "rflags": domains.LEGACY_RFLAGS}
+_PAE = {**_LEGACY, "cr4": domains.PAE_CR4}
+PAE_PAGING = ControlStates("PAE paging", _PAE, domains.PAE_ENTRY, pdptes=True)
+PAE_IN_MEMORY = ControlStates("PAE paging, PDPTEs in memory", _PAE, domains.PAE_ENTRY)
+PAGING_32 = ControlStates("32-bit paging", {**_LEGACY, "cr4": domains.CR4_32}, domains.PAIR)
+_OFF = {"cr0": domains.CR0_OFF, "cr4": domains.CR4_OFF, "efer": domains.EFER_OFF}
+NO_PAGING = ControlStates("no paging", {**_LEGACY, **_OFF})
+EVERY_PAGING = (LONG_MODE, PAGING_32, PAE_PAGING, PAE_IN_MEMORY)
+EVERY_MODE = (*EVERY_PAGING, NO_PAGING)
 
 Claim = Callable[[Nondet, Any], None]
 

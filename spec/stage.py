@@ -41,7 +41,6 @@ EPTP_AD, EPTP_SHADOW_STACK = 1 << 6, 1 << 7
 EPTP_RESERVED = 0xF00
 
 # CR4 and EFER of a host: what a processor with nested paging defines.
-PSE = 1 << 4
 HOST_CR4_DEFINED = 0x1_1BFF_7FFF
 HOST_EFER_DEFINED = 0x36_FD01
 

@@ -83,9 +83,9 @@ def _snapshot(path: Path, found: dict[str, Any], maxphyaddr: int) -> Snapshot:
     except MemoryError:
         raise BadInput(f"{path}: `frames` lie too far apart: no image of them fits here") from None
     image[(frames >> np.uint64(12)).astype(np.int64)] = tables
-    registers = {name: int(found[name]) for name in ("cr0", "cr3", "cr4", "efer")}
+    cr0, cr3, cr4, efer = (int(found[name]) for name in ("cr0", "cr3", "cr4", "efer"))
     try:
-        cpu = Cpu(**registers, maxphyaddr=maxphyaddr)
+        cpu = Cpu(cr0, cr3, cr4, efer, maxphyaddr=maxphyaddr)
     except (ImpossibleState, UnsupportedMode) as error:
         raise BadInput(f"{path}: {error}") from None
     return Snapshot(
