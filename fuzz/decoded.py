@@ -1,4 +1,4 @@
-"""Draws decoded from raw bytes: from a fuzzer's input, or from a pseudo-random generator.
+"""Draws decoded from raw words: of a fuzzer's input, or of a pseudo-random generator.
 
 One decoder serves both, so that what the random engine can reach, the fuzzer can too, and a Case
 can be turned into bytes: a seed for the fuzzer's corpus.
@@ -6,49 +6,52 @@ can be turned into bytes: a seed for the fuzzer's corpus.
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import chain, repeat
 from random import Random
+from struct import unpack
 
 from vapama.runs import Concrete, DrawName, recorded
-from vapama.spec.domains import Domain
+from vapama.spec.domains import Domain, Take
 from vapama.spec.nondet import Reject
 
 
 class Decoded(Concrete):
-    """Draws decoded from what `take` gives, an unsigned integer of so many bytes."""
+    """Draws decoded from the raw words that `take` gives, 64 bits at a time."""
 
-    take: Callable[[int], int]
+    take: Take
 
     def draw(self, name: DrawName, domain: Domain) -> int:
         """A value decoded by the domain."""
-        return domain.decode(self.take(domain.raw_bytes))
+        return domain.decode(self.take)
 
     def choose(self, name: str, count: int) -> int:
-        """An index from two bytes."""
-        return self.take(2) % count
+        """An index from a raw word."""
+        return self.take() % count
 
     # The rest is as in `Concrete`, with fewer calls: this is where random runs spend their time.
 
     def words(self, draws: Sequence[tuple[str, Domain]]) -> Sequence[int]:
-        """Decoded words, from one `take` for all of them."""
+        """Words decoded together."""
         key = id(draws), id(self.narrow)
         group = GROUPS.get(key)
         if group is None:
             if len(GROUPS) == MOST_GROUPS:
                 return super().words(draws)
             group = GROUPS[key] = Group(draws, self.narrow)
-        values = group.decode(self.take(group.raw_bytes))
+        values = group.decode(self.take)
         self.trail.append((group.names, values))
         return values
 
     def entry(self, memory: str, address: int, domain: Domain) -> int:
         """A decoded entry of a memory."""
-        value = domain.decode(self.take(domain.raw_bytes))
+        value = domain.decode(self.take)
         self.trail.append(((memory, address), value))
         return value
 
 
 class Group:
-    """Several draws decoded together: their names, how many raw bytes they take, and a decoder.
+    """Several draws decoded together: their names, and a decoder.
 
     The decoder is one expression made for the group, as `collections.namedtuple` makes its
     constructors: a call for each draw would cost more than the rest of a run.
@@ -57,19 +60,16 @@ class Group:
     def __init__(self, draws: Sequence[tuple[str, Domain]], narrow: Mapping[str, Domain]) -> None:
         self.made_of = draws, narrow  # kept alive: their ids are this group's key
         self.names = tuple(name for name, _ in draws)
-        self.raw_bytes = 0
         parts, known = [], {}
         for i, (name, domain) in enumerate(draws):
             narrowed = narrow.get(name, domain)
-            shift = self.raw_bytes << 3
             if narrowed.among or narrowed.bias is not None:
                 known[f"decode{i}"] = narrowed.decode
-                parts.append(f"decode{i}(raw >> {shift})")
+                parts.append(f"decode{i}(take)")
             else:
-                parts.append(f"{narrowed.fixed} | raw >> {shift} & {narrowed.free}")
-            self.raw_bytes += narrowed.raw_bytes
-        self.decode: Callable[[int], tuple[int, ...]] = eval(
-            f"lambda raw: ({', '.join(parts)},)", known
+                parts.append(f"{narrowed.fixed} | take() & {narrowed.free}")
+        self.decode: Callable[[Take], tuple[int, ...]] = eval(
+            f"lambda take: ({', '.join(parts)},)", known
         )
 
 
@@ -84,24 +84,34 @@ class RandomDraws(Decoded):
 
     def __init__(self, random: Random, narrow: Mapping[str, Domain] | None = None) -> None:
         super().__init__(narrow)
-        bits = random.getrandbits
-        self.take = lambda count: bits(count << 3)
+        self.take = partial(random.getrandbits, 64)
 
 
 class ByteDraws(Decoded):
-    """Draws from a fuzzer's input; zeros after its end."""
+    """Draws from a fuzzer's input, 8 bytes a raw word; zeros after its end."""
 
-    def __init__(self, data: bytes, narrow: Mapping[str, Domain] | None = None) -> None:
+    def __init__(self, data: bytes = b"", narrow: Mapping[str, Domain] | None = None) -> None:
         super().__init__(narrow)
-        at = 0
+        self.begin(data)
 
-        def take(count: int) -> int:
-            nonlocal at
-            start = at
-            at = end = start + count
-            return int.from_bytes(data[start:end], "little")
+    def begin(self, data: bytes) -> None:
+        """Begin another run, on this input."""
+        self.trail.clear()
+        count = len(data) + 7 >> 3
+        raw = unpack(FORMATS[count], data.ljust(count << 3, b"\0"))
+        self.take = chain(raw, repeat(0)).__next__
 
-        self.take = take
+
+class Formats(dict[int, str]):
+    """How `unpack` reads so many words, made when first asked for."""
+
+    def __missing__(self, count: int) -> str:
+        """So many little-endian words of 8 bytes."""
+        self[count] = text = f"<{count}Q"
+        return text
+
+
+FORMATS = Formats()
 
 
 def picked(data: bytes, count: int) -> int:
@@ -131,7 +141,8 @@ class Encoder(Concrete):
     def draw(self, name: DrawName, domain: Domain) -> int:
         """The Case's value, or the simplest."""
         value = recorded(self.values, name, domain)
-        self.encoded += domain.encode(value)
+        for raw in domain.encode(value):
+            self.encoded += raw.to_bytes(8, "little")
         return value
 
     def choose(self, name: str, count: int) -> int:
@@ -139,5 +150,5 @@ class Encoder(Concrete):
         value = self.values.get(name, 0)
         if value >= count:
             raise Reject
-        self.encoded += value.to_bytes(2, "little")
+        self.encoded += value.to_bytes(8, "little")
         return value

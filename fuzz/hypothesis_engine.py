@@ -13,7 +13,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from vapama.case import Case
 from vapama.fuzz.decoded import ByteDraws
 from vapama.fuzz.random_engine import Failed as FailedRun
-from vapama.fuzz.random_engine import conclude
+from vapama.fuzz.random_engine import PATIENCE, conclude
 from vapama.runs import Concrete, Guarded, KnownDeparture, Replay, attempt, hang_guard
 from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import HELD, Verdict
@@ -45,7 +45,8 @@ def run(
 ) -> Verdict:
     """Run so many examples, after the `explicit` Cases.
 
-    With a seed the examples are the same every time, and nothing is remembered; with None they are
+    While they have not reached all that the invariant is to reach it goes on, with so many more, up
+    to `PATIENCE` times. With a seed the examples are the same every time, and nothing is remembered; with None they are
     random, and failures are kept in `database` and tried first the next time.
     """
     start = time.monotonic()
@@ -93,7 +94,10 @@ def run(
         try:
             for case in explicit:
                 one(Replay(case.values(), subject.capabilities.narrow))
-            (search if seed is None else hypothesis.seed(seed)(search))()
+            for turn in range(PATIENCE):
+                (search if seed is None else hypothesis.seed(seed + turn)(search))()
+                if reached.issuperset(invariant.reaches):
+                    break
         except (Failed, Hung):
             pass
     verdict = Verdict(

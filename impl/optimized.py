@@ -66,7 +66,7 @@ class Marks:
     __slots__ = ("updates",)
 
     def __init__(self) -> None:
-        self.updates: tuple[Update, ...] = ()
+        self.updates: list[Update] = []
 
     def __getitem__(self, index: int) -> int:
         """No bits: what is written back is then what is set."""
@@ -74,7 +74,7 @@ class Marks:
 
     def __setitem__(self, index: int, bits: int) -> None:
         """Keep an update of the entry with this index."""
-        self.updates = (*self.updates, Update(index << 3, bits))
+        self.updates.append(Update(index << 3, bits))
 
 
 class Optimized:
@@ -99,7 +99,7 @@ class Optimized:
             access_word(access),
             [0] * 6,
         )
-        return outcome(status, value, marks.updates)
+        return outcome(status, value, tuple(marks.updates))
 
     def translate_many(
         self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access

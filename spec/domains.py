@@ -42,14 +42,16 @@ from vapama.spec.stage import EPT_CAPABILITIES, HOST_CR4_DEFINED, HOST_EFER_DEFI
 from vapama.spec.words import WORD, Word, low_bits
 
 ESCAPE = 0xFF
-"""The first raw byte that makes a biased domain take its value as it is from 8 further bytes."""
+"""The low byte of a raw word that makes a biased domain take its value as it is from the next."""
+Take = Callable[[], Word]
+"""Gives the next raw word, any 64 bits, of what a value is decoded from."""
 
 
 @dataclass(frozen=True)
 class Domain:
     """The words ``fixed | x & free`` for every x, or just those of `among`.
 
-    `bias` decodes a value from 8 raw bytes, as an int whose low byte is not `ESCAPE`. `scope` are
+    `bias` decodes a value from a raw word whose low byte is not `ESCAPE`. `scope` are
     representatives, the most telling first; without them `among` or the corners stand.
     """
 
@@ -58,16 +60,11 @@ class Domain:
     among: tuple[Word, ...] = ()
     bias: Callable[[int], Word] | None = None
     scope: tuple[Word, ...] = ()
-    raw_bytes: int = field(init=False, repr=False, compare=False)
-    """How many raw bytes a value is decoded from."""
-    decode: Callable[[int], Word] = field(init=False, repr=False, compare=False)
-    """A value, from the low `raw_bytes` of an int; what stands above them does not count."""
+    decode: Callable[[Take], Word] = field(init=False, repr=False, compare=False)
+    """A value, from one raw word, or from two after an `ESCAPE`."""
 
     def __post_init__(self) -> None:
         # A closure of its own for each domain: decoding is what random runs spend most time on.
-        greatest = len(self.among) - 1 if self.among else self.free
-        size = 16 if self.bias else max(1, (greatest.bit_length() + 7) >> 3)
-        object.__setattr__(self, "raw_bytes", size)
         object.__setattr__(self, "decode", _decoder(self))
 
     def holds(self, value: Word) -> bool:
@@ -76,13 +73,11 @@ class Domain:
             return value in self.among
         return value & ~self.free == self.fixed & ~self.free and value & self.fixed == self.fixed
 
-    def encode(self, value: Word) -> bytes:
-        """Raw bytes that decode to `value`, a value of the domain."""
+    def encode(self, value: Word) -> tuple[Word, ...]:
+        """Raw words that decode to `value`, a value of the domain."""
         if self.among:
-            return self.among.index(value).to_bytes(self.raw_bytes, "little")
-        if self.bias is not None:
-            return bytes([ESCAPE] * 8) + value.to_bytes(8, "little")
-        return (value & self.free).to_bytes(self.raw_bytes, "little")
+            return (self.among.index(value),)
+        return (ESCAPE, value) if self.bias is not None else (value,)
 
     def representatives(self, width: int | None = None) -> tuple[Word, ...]:
         """A few values for an exhaustive scope; of a long `scope`, the first `width`."""
@@ -90,14 +85,19 @@ class Domain:
         return self.scope[:width] or self.among or corners
 
 
-def _decoder(domain: Domain) -> Callable[[int], Word]:
+def _decoder(domain: Domain) -> Callable[[Take], Word]:
     free, fixed, among, bias = domain.free, domain.fixed, domain.among, domain.bias
     if among:
-        count, mask = len(among), (1 << (domain.raw_bytes << 3)) - 1
-        return lambda raw: among[(raw & mask) % count]
+        count = len(among)
+        return lambda take: among[take() % count]
     if bias is None:
-        return lambda raw: fixed | raw & free
-    return lambda raw: bias(raw & WORD) if raw & 0xFF != ESCAPE else fixed | raw >> 64 & free
+        return lambda take: fixed | take() & free
+
+    def biased(take: Take) -> Word:
+        raw = take()
+        return bias(raw) if raw & 0xFF != ESCAPE else fixed | take() & free
+
+    return biased
 
 
 FRAMES = 16

@@ -38,7 +38,7 @@ class Target:
         for module in kernels if self.subject.capabilities.symbolic and kernels else (paging,):
             _instrument(module)
         self.invariants = [registry[name] for name in job["invariants"]]
-        self.narrow = self.subject.capabilities.narrow
+        self.nondet = ByteDraws(narrow=self.subject.capabilities.narrow)
         self.out = open(job["out"], "a", buffering=1)  # noqa: SIM115  (until the process ends)
         self.reached: dict[str, set[str]] = {i.name: set() for i in self.invariants}
         self.known: Counter[str] = Counter()
@@ -51,7 +51,8 @@ class Target:
         """Run the invariant that the input picks on what it decodes to."""
         which = picked(data, len(self.invariants))
         invariant = self.invariants[which]
-        nondet = ByteDraws(data, self.narrow)
+        nondet = self.nondet
+        nondet.begin(data)
         nondet.reached = self.reached[invariant.name]
         self.runs[which] += 1
         self.total += 1

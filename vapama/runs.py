@@ -34,23 +34,21 @@ class OutsideRead(AssertionError):
 NOT_NARROWED: Mapping[str, Domain] = {}
 
 
-class LazyMemory:
-    """A memory whose entries are drawn when a walk first reads them."""
+class LazyMemory(dict[int, int]):
+    """A memory whose entries, by address, are drawn when a walk first reads them."""
 
-    __slots__ = ("domain", "entries", "limit", "name", "nondet")
+    __slots__ = ("domain", "limit", "name", "nondet")
 
     def __init__(self, nondet: "Concrete", name: str, limit: int, domain: Domain) -> None:
         self.nondet, self.name, self.limit, self.domain = nondet, name, limit, domain
-        self.entries: dict[int, int] = {}
 
-    def load(self, address: int) -> int:
-        """The entry at `address`. Raises `OutsideRead`."""
-        value = self.entries.get(address)
-        if value is None:
-            if not 0 <= address < self.limit or address & 7:
-                raise OutsideRead(f"a load at {address:#x}, outside the {self.limit:#x} bytes")
-            value = self.nondet.entry(self.name, address, self.domain)
-            self.entries[address] = value
+    load = dict.__getitem__
+
+    def __missing__(self, address: int) -> int:
+        """The entry at `address`, from now on. Raises `OutsideRead`."""
+        if not 0 <= address < self.limit or address & 7:
+            raise OutsideRead(f"a load at {address:#x}, outside the {self.limit:#x} bytes")
+        value = self[address] = self.nondet.entry(self.name, address, self.domain)
         return value
 
 
@@ -100,7 +98,7 @@ class Concrete(Nondet):
         memory = LazyMemory(self, name, self.word(f"{name}.limit", domains.LIMIT), entries)
         for address, value in given:
             self.assume(address < memory.limit)
-            memory.entries[address] = value
+            memory[address] = value
         return memory
 
     def assume(self, condition: bool) -> None:

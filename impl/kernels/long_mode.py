@@ -100,6 +100,8 @@ def walk(
     user = access >> 2 & 1
     fetch = access >> 4 & 1
     code = (write << 1) | (user << 2) | ((fetch & (mode >> MODE_NXE | mode >> MODE_SMEP)) << 4)
+    # By level, where bit 7 (PS) must be 0.
+    no_large = 0x30 | (mode >> MODE_PAGE1GB & 1 ^ 1) << 3
     table = cr3 & FRAME
     rights = 6
     no_execute = 0
@@ -112,23 +114,15 @@ def walk(
         path[level] = index
         if not entry & 1:
             return FAULT, code
-        must_be_zero = reserved
-        leaf = 0
-        if level == 1:
-            leaf = 1
-        elif level > 3:
-            must_be_zero = reserved | 0x80
-        elif entry & 0x80:
-            leaf = 1
-            if level == 2:
-                must_be_zero = reserved | 0x1FE000
-            else:
-                must_be_zero = reserved | 0x3FFFE000 | ((mode >> MODE_PAGE1GB & 1 ^ 1) << 7)
+        large = entry >> 7 & 1
+        offset = (1 << shift) - 1
+        must_be_zero = reserved | (no_large >> level & 1) << 7 | large * (offset & 0x7FFFFFFFE000)
         if entry & must_be_zero:
             return FAULT, code | 9
         rights = rights & entry
         no_execute = no_execute | entry >> 63
-        if leaf:
+        # In a PTE bit 7 is PAT; in a PML4E and a PML5E it was found to be 0.
+        if large or level == 1:
             break
         table = entry & FRAME
         level = level - 1
