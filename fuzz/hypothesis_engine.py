@@ -12,8 +12,8 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from vapama.case import Case
 from vapama.fuzz.decoded import ByteDraws
-from vapama.fuzz.random_engine import Failed as FailedRun
 from vapama.fuzz.random_engine import PATIENCE, conclude
+from vapama.fuzz.random_engine import Failed as FailedRun
 from vapama.runs import Concrete, Guarded, KnownDeparture, Replay, attempt, hang_guard
 from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import HELD, Verdict
@@ -46,8 +46,9 @@ def run(
     """Run so many examples, after the `explicit` Cases.
 
     While they have not reached all that the invariant is to reach it goes on, with so many more, up
-    to `PATIENCE` times. With a seed the examples are the same every time, and nothing is remembered; with None they are
-    random, and failures are kept in `database` and tried first the next time.
+    to `PATIENCE` times. With a seed the examples are the same every time, and nothing is
+    remembered; with None they are random, and failures are kept in `database` and tried first the
+    next time.
     """
     start = time.monotonic()
     known: Counter[str] = Counter()
