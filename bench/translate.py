@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vapama.impl.optimized import Optimized, translate_array
-from vapama.snapshot import SHIPPED, load_snapshot
+from vapama.snapshot.truth import SHIPPED, load_snapshot
 from vapama.spec.access import Access
 from vapama.spec.memory import Image
 from vapama.spec.outcomes import Translated

@@ -213,25 +213,6 @@ def translate_array(
     return statuses, values
 
 
-def mappings_array(
-    cpu: Cpu, image: npt.NDArray[np.uint64], room: int
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """Every page mapped from CR3 down, by the compiled kernel: addresses, levels and entries.
-
-    At most `room` of them, in the order of addresses.
-    """
-    from vapama.impl.kernels.compiled import compiled
-
-    found = [np.zeros(room, dtype=np.uint64) for _ in range(3)]
-    scratch = [np.zeros(6, dtype=np.uint64) for _ in range(2)]
-    mode, _, cr3, _, _ = controls(cpu)
-    count = compiled(long_mode.enumerate_mappings)(
-        image, *_words(len(image), mode, cr3), *scratch, *_words(room), *found
-    )
-    addresses, levels, entries = (array[: min(int(count), room)] for array in found)
-    return addresses, levels, entries
-
-
 def outcome(status: int, value: int, updates: tuple[Update, ...] = ()) -> Outcome:
     """A kernel's result, and the flags that it set, as an outcome."""
     if status < long_mode.FAULT:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vapama import snapshot
 from vapama.case import BadInput
 from vapama.jobs import SNAPSHOT, Agreed, Event, Job, run_jobs
+from vapama.snapshot import truth
 from vapama.spec.nondet import Invariant, load_invariants
 from vapama.subjects import load_subject
 from vapama.verdict import (
@@ -164,4 +164,4 @@ def check(
     return report
 
 
-DEFAULT_GUEST = snapshot.SHIPPED
+DEFAULT_GUEST = truth.SHIPPED

@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from vapama import snapshot
+from vapama import cli_snapshot
 from vapama.case import BadInput
 from vapama.jobs import Event, Job
+from vapama.snapshot import truth
 from vapama.verdict import (
     EXIT_BAD_INPUT,
     EXIT_HELD,
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Is my address translation right? Checks it against an executable specification.",
     epilog="Exit status: 0 all held, 1 a counterexample, 2 bad input or usage, 3 undecided.",
 )
+app.add_typer(cli_snapshot.app, name="snapshot")
 console = Console(highlight=False, emoji=False)
 notes = Console(stderr=True, highlight=False, emoji=False)
 
@@ -84,7 +86,7 @@ def check(
     if guest is None and subject is None and not invariants:
         guest = checking.DEFAULT_GUEST
     if guest is not None:
-        snapshot.load_snapshot(guest)
+        truth.load_snapshot(guest)
     spent = budget_named(budget, hang)
     jobs, skipped = checking.plan(
         chosen, checking.chosen_engines(engines), spent, subject, guest, regression_cases()
@@ -242,7 +244,7 @@ def explain(
     from vapama import replaying
 
     if addresses:
-        path = snapshot.SHIPPED if what == "guest" else Path(what)
+        path = truth.SHIPPED if what == "guest" else Path(what)
         if write and fetch:
             raise BadInput("give --write or --fetch, not both")
         lines = replaying.explain_addresses(path, addresses, write=write, fetch=fetch, user=user)

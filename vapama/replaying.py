@@ -22,7 +22,7 @@ from vapama.runs import (
     attempt,
     hang_guard,
 )
-from vapama.snapshot import load_snapshot
+from vapama.snapshot.truth import load_snapshot
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Image, Memory

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _check_snapshot(job: Job, tell: Tell) -> None:
-    from vapama.snapshot import check_snapshot, load_snapshot
+    from vapama.snapshot.truth import check_snapshot, load_snapshot
 
     snapshot = load_snapshot(Path(job.snapshot))
     for result in check_snapshot(snapshot, lambda what: tell(Event(at=what))):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vapama.case import make_case
-from vapama.snapshot import NEEDED, SHIPPED
+from vapama.snapshot.truth import NEEDED, SHIPPED
 
 Vapama = Callable[..., Any]
 QUICK = ("check", "who_may_write_may_read", "--engines", "exhaustive", "--budget", "quick")

@@ -288,7 +288,7 @@ def test_explain_shows_the_walk_of_an_address_in_the_guest(
 
 
 def test_explain_shows_a_mapped_page_of_the_guest(vapama: Vapama) -> None:
-    from vapama.snapshot import SHIPPED, load_snapshot
+    from vapama.snapshot.truth import SHIPPED, load_snapshot
 
     guest = load_snapshot(SHIPPED)
     large = guest.truth_flags.index("XGPDA---W")

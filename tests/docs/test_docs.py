@@ -288,6 +288,15 @@ def every_command() -> list[Any]:
 
 
 CLI: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = {
+    **{name: c for name, c in CLI.commands.items() if not hasattr(c, "commands")},
+    **{
+        f"{group} {name}": command
+        for group, commands in CLI.commands.items()
+        for name, command in getattr(commands, "commands", {}).items()
+    },
+}
+"""Commands by name, those of a group by the group's name and their own."""
 TARGETS = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 OTHERS = {".", "cd", "git", "pip", "pytest", "bash"}
 
@@ -298,14 +307,14 @@ def test_a_command_that_is_not_run_exists(command: str) -> None:
     if program == "make":
         assert set(re.findall(r"^\w+$", "\n".join(arguments), re.MULTILINE)) <= TARGETS
     elif program == "vapama":
-        name, *rest = arguments
-        CLI.commands[name].make_context(name, rest)
+        name = max((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), key=len)
+        COMMANDS[name].make_context(name, arguments[len(name.split()) :])
     else:
         assert program in OTHERS
 
 
 def test_each_option_that_the_pages_name_exists() -> None:
-    known = {opt for c in CLI.commands.values() for p in c.params for opt in p.opts}
+    known = {opt for c in COMMANDS.values() for p in c.params for opt in p.opts}
     known |= {"--help", "--json", "--vapama-subject", "--vapama-examples"}
     known |= {"--junitxml", "--export"}  # pytest's
     for page in PROSE:
@@ -326,10 +335,10 @@ def section(page: Path, heading: str) -> str:
     return re.split(rf"\n#{{1,{len(level)}}} ", text.split(f"\n{heading}\n")[1])[0]
 
 
-@pytest.mark.parametrize("name", CLI.commands)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_command_is_documented(name: str) -> None:
     text = section(DOCS / "reference" / "cli.md", f"## vapama {name}")
-    for parameter in CLI.commands[name].params:
+    for parameter in COMMANDS[name].params:
         if parameter.param_type_name == "option" and parameter.name != "help":
             assert f"`{parameter.opts[0]}" in text, f"{name} {parameter.opts[0]}"
         else:

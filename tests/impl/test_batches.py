@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from vapama.impl.optimized import Compiled, Optimized, outcome, translate_array
-from vapama.snapshot import SHIPPED, load_snapshot
+from vapama.snapshot.truth import SHIPPED, load_snapshot
 from vapama.spec.access import Access
 from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, Cpu
 from vapama.spec.memory import Image, Sparse

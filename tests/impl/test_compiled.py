@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from vapama.bugs.mistakes import MISTAKES
 from vapama.impl.kernels import compiled as compiling
-from vapama.impl.kernels import long_mode
+from vapama.impl.kernels import long_mode, mappings
 from vapama.impl.kernels.compiled import compiled
+from vapama.impl.listing import Listing, Pieces, at_each_position, four_or_five_levels
 from vapama.impl.optimized import access_word
 from vapama.spec.access import Access
+from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, Cpu
 from vapama.spec.domains import ACCESSES
 
 Words = npt.NDArray[np.uint64]
@@ -30,12 +32,14 @@ PAGES = 6
 
 KERNELS: dict[str, Callable[..., Any]] = {
     name: function
-    for name, function in vars(long_mode).items()
-    if inspect.isfunction(function) and function.__module__ == long_mode.__name__
+    for module in (long_mode, mappings)
+    for name, function in vars(module).items()
+    if inspect.isfunction(function) and function.__module__ == module.__name__
 }
 ARRAYS = {
     *("memory", "marks", "path", "addresses", "statuses", "values"),
-    *("next_index", "tables", "found_address", "found_level", "found_entry"),
+    *("firsts", "ends", "places", "form", "state", "keys", "counts", "found_address"),
+    *("found_pa", "found_level", "found_pages", "found_rights", "found_entry"),
 }
 """Parameters of kernels that are arrays; all others are words."""
 
@@ -188,7 +192,7 @@ def test_every_operation_of_a_compiled_kernel_is_on_uint64(name: str) -> None:
     assert numbers <= LENGTHS.get(name, set())
 
 
-@pytest.mark.parametrize("name", ["mode_word", "finish", "enumerate_mappings"])
+@pytest.mark.parametrize("name", ["mode_word", "finish", "misconfigured"])
 def test_a_kernel_compiled_as_it_stands_would_be_seen_to_be_signed(name: str) -> None:
     assert off_the_rule(annotation(KERNELS[name], lambda kernel: kernel))
 
@@ -248,7 +252,7 @@ def test_a_read_just_beyond_the_image_would_be_noticed(hostile: Images) -> None:
     seed=st.integers(0, 1 << 32),
     entries=st.integers(0, 4 * 512),
     cr3=st.integers(0, 5).map(lambda frame: frame << 12),
-    la57=st.sampled_from([0, 1 << long_mode.MODE_LA57]),
+    la57=st.sampled_from([0, LA57]),
 )
 @example(seed=0, entries=4 * 512, cr3=0, la57=0)
 def test_a_compiled_enumeration_does_not_depend_on_what_is_around_its_image(
@@ -256,14 +260,14 @@ def test_a_compiled_enumeration_does_not_depend_on_what_is_around_its_image(
 ) -> None:
     content = hostile(seed, 4)[:entries]
     content[np.random.default_rng(seed).random(entries) < 0.99] = 0
+    cpu = Cpu(cr0=PG | PE, cr3=cr3, cr4=PAE | la57, efer=LME | LMA | NXE)
+    edges = [np.array([value], dtype=u64) for value in (0, 8 * entries, 0)]
     results = set()
     for poison in POISONS:
-        found = [np.zeros(64, dtype=u64) for _ in range(3)]
-        scratch = [np.zeros(6, dtype=u64) for _ in range(2)]
-        count = compiled(long_mode.enumerate_mappings)(
-            guarded(content, poison), u64(entries), u64(la57), u64(cr3), *scratch, u64(64), *found
-        )
-        results.add((int(count), *(tuple(array.tolist()) for array in found)))
+        view = guarded(content, poison)
+        pieces = Pieces(at_each_position(view.data, view.nbytes), *edges)
+        listing = Listing(pieces, four_or_five_levels(cpu), most_runs=64)
+        results.add(str([[c.tolist() for c in runs] for runs in listing.batches(room=65)]))
     assert len(results) == 1
 
 

@@ -1,6 +1,8 @@
-"""`enumerate_mappings` finds what the reference does, in order, and stops when its room is full."""
+"""`list_pages` finds what the reference does, in order and in bounded time, and merges rightly."""
 
+from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,19 +10,31 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vapama.impl.kernels import long_mode
-from vapama.impl.kernels.compiled import compiled
-from vapama.impl.optimized import controls, mappings_array
-from vapama.spec.cpu import LA57, LMA, LME, PAE, PE, PG, Cpu
+from vapama.bugs.mistakes import Mistake, parse
+from vapama.impl import listing as listings
+from vapama.impl.kernels import mappings as kernel
+from vapama.impl.listing import (
+    Listing,
+    Pieces,
+    at_each_position,
+    four_or_five_levels,
+    mappings_array,
+    whole,
+)
+from vapama.spec.access import Access
+from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, Cpu
 from vapama.spec.memory import Image
-from vapama.spec.paging import mappings
+from vapama.spec.outcomes import RSVD, PageFault
+from vapama.spec.paging import FRAME, Mapping, mappings, page_offset, path, translate
 
 Words = npt.NDArray[np.uint64]
-PAGES, UNTOUCHED = 4, 0xDEAD
+PAGES, UNTOUCHED, WORD = 4, 0xDEAD, (1 << 64) - 1
+XD = 1 << 63
 
 
-def cpu(cr3: int = 0, la57: int = 0) -> Cpu:
-    return Cpu(cr0=PG | PE, cr3=cr3, cr4=PAE | la57, efer=LME | LMA)
+def cpu(cr3: int = 0, la57: int = 0, page1gb: int = 1) -> Cpu:
+    efer = LME | LMA | NXE
+    return Cpu(PG | PE, cr3, PAE | la57, efer, page1gb=page1gb, maxphyaddr=40)
 
 
 def sparse_tables(seed: int, entries: int) -> Words:
@@ -33,12 +47,20 @@ def sparse_tables(seed: int, entries: int) -> Words:
         flags = noise & np.uint64(0xFFF0_0000_0000_0F7E)
         frame = rng.integers(0, PAGES + 1, len(indices), dtype=np.uint64) << np.uint64(12)
         large = np.where(rng.random(len(indices)) < 0.2, np.uint64(0x81), np.uint64(0x01))
-        image[page * 512 + indices] = flags | frame | large
+        odd = np.where(rng.random(len(indices)) < 0.1, np.uint64(1 << 45), np.uint64(0))
+        image[page * 512 + indices] = flags | frame | large | odd
     return image[:entries]
 
 
 def expected(state: Cpu, image: Words, most: int) -> list[tuple[int, int, int]]:
-    return list(islice(mappings(state, Image(image.tolist())), most))
+    """What the reference maps, less what has a reserved bit set on its way."""
+    memory = Image(image.tolist())
+
+    def faults(mapping: Mapping) -> bool:
+        outcome = translate(state, memory, Access(mapping.address))
+        return isinstance(outcome, PageFault) and outcome.error_code & RSVD != 0
+
+    return list(islice((m for m in mappings(state, memory) if not faults(m)), most))
 
 
 def listed(state: Cpu, image: Words, room: int) -> list[tuple[int, int, int]]:
@@ -46,11 +68,22 @@ def listed(state: Cpu, image: Words, room: int) -> list[tuple[int, int, int]]:
     return list(zip(*(array.tolist() for array in found), strict=True))
 
 
+def runs_of(listing: Listing, **options: int) -> list[tuple[int, ...]]:
+    return [
+        row
+        for batch in listing.batches(**options)
+        for row in zip(*(column.tolist() for column in batch), strict=True)
+    ]
+
+
 images = st.builds(
     sparse_tables, st.integers(0, 1 << 32), st.integers(0, PAGES * 512) | st.just(PAGES * 512)
 )
 states = st.builds(
-    cpu, st.integers(0, PAGES).map(lambda page: page << 12 | 0x18), st.sampled_from([0, LA57])
+    cpu,
+    st.integers(0, PAGES).map(lambda page: page << 12 | 0x18),
+    st.sampled_from([0, LA57]),
+    st.sampled_from([0, 1]),
 )
 
 
@@ -66,24 +99,358 @@ def test_random_tables_map_pages_of_every_size_in_both_halves() -> None:
     assert {address >> 63 for address, _, _ in found} == {0, 1}
 
 
-@given(state=states, image=images, room=st.integers(0, 5))
-def test_the_kernel_stops_when_its_room_is_full(state: Cpu, image: Words, room: int) -> None:
-    whole = expected(state, image, room + 1)
-    # One more word than the kernel is told of, to see that it writes no further.
-    found = [np.full(room + 1, UNTOUCHED, dtype=np.uint64) for _ in range(3)]
-    scratch = [np.zeros(6, dtype=np.uint64) for _ in range(2)]
-    mode, _, cr3, _, _ = controls(state)
-    words = map(np.uint64, (len(image), mode, cr3))
-    count = compiled(long_mode.enumerate_mappings)(
-        image, *words, *scratch, np.uint64(room), *(array[:room] for array in found)
-    )
-    assert count == len(whole)
-    assert list(zip(*(a.tolist() for a in found), strict=True))[: min(room, count)] == whole[:room]
-    assert [array[room] for array in found] == [UNTOUCHED] * 3
-    assert listed(state, image, room) == whole[:room]
+def rights(state: Cpu, image: Words, address: int) -> int:
+    """W, U and not XD over the whole path, as the kernel tells rights."""
+    every, none = 6, 0
+    for step in path(state, Image(image.tolist()), address):
+        every, none = every & step.entry, none | step.entry
+    return every & 6 | ~none & XD
+
+
+@given(state=states, image=images)
+def test_a_page_has_its_address_and_the_rights_that_the_walk_leaves(
+    state: Cpu, image: Words
+) -> None:
+    listing = Listing(whole(image), four_or_five_levels(state), most_runs=50)
+    for address, pa, level, pages, allowed, entry in runs_of(listing):
+        assert pages == 1
+        assert pa == entry & FRAME & ~page_offset(level)
+        assert allowed == rights(state, image, address)
+
+
+# BATCHES
+
+
+@given(state=states, image=images, room=st.integers(2, 5), reads=st.integers(512, 4096))
+def test_batches_of_any_size_make_the_same_list(
+    state: Cpu, image: Words, room: int, reads: int
+) -> None:
+    for same in (0, FRAME ^ WORD):
+        one = runs_of(Listing(whole(image), four_or_five_levels(state), same))
+        other = Listing(whole(image), four_or_five_levels(state), same)
+        assert runs_of(other, room=room, reads=reads) == one
+        assert other.stopped == ""
+
+
+@given(state=states, image=images, most=st.integers(0, 5))
+def test_the_list_ends_at_its_limit_and_says_so(state: Cpu, image: Words, most: int) -> None:
+    every = expected(state, image, most + 1)
+    listing = Listing(whole(image), four_or_five_levels(state), most_runs=most)
+    assert [(a, level, e) for a, _, level, _, _, e in runs_of(listing)] == every[:most]
+    assert listing.stopped == ("runs" if len(every) > most else "")
+
+
+def test_the_kernel_writes_no_further_than_its_room() -> None:
+    image = np.full(512, 1, dtype=np.uint64)
+    listing = Listing(whole(image), four_or_five_levels(cpu()))
+    found = [np.full(4, UNTOUCHED, dtype=np.uint64) for _ in range(6)]
+    assert listing._go_on(listings.Runs(*found), 3, 1 << 20) == kernel.FULL
+    assert [column[3] for column in found] == [UNTOUCHED] * 6
+
+
+# RUNS
+
+
+def ends(runs: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    for address, pa, level, pages, _, _ in runs:
+        size = pages * (page_offset(level) + 1)
+        yield address + size, pa + size
+
+
+@given(state=states, image=images)
+def test_merged_runs_are_the_same_pages_and_cannot_be_merged_further(
+    state: Cpu, image: Words
+) -> None:
+    same = WORD ^ FRAME
+    single = runs_of(Listing(whole(image), four_or_five_levels(state), 0))
+    merged = runs_of(Listing(whole(image), four_or_five_levels(state), same))
+    again = [
+        (a + k * (page_offset(level) + 1), pa + k * (page_offset(level) + 1), level, 1, r)
+        for a, pa, level, pages, r, _ in merged
+        for k in range(pages)
+    ]
+    assert again == [run[:5] for run in single]
+    for (end, pa_end), before, after in zip(ends(merged), merged, merged[1:], strict=False):
+        joins = (end, pa_end, before[2], before[4]) == (after[0], after[1], after[2], after[4])
+        assert not (joins and (before[5] ^ after[5]) & same == 0)
+
+
+def one_table(entries: dict[int, int]) -> Words:
+    """PML4E 0, PDPTE 0 and PDE 0 lead to a page table with these entries."""
+    image = np.zeros(4 * 512, dtype=np.uint64)
+    image[[0, 512, 1024]] = 0x1007, 0x2007, 0x3007
+    for index, entry in entries.items():
+        image[3 * 512 + index] = entry
+    return image
+
+
+@pytest.mark.parametrize(
+    ("entries", "lengths"),
+    [
+        ({0: 0x8007, 1: 0x9007, 2: 0xA007}, [3]),
+        ({0: 0x8007, 2: 0x9007}, [1, 1]),
+        ({0: 0x8007, 1: 0xA007}, [1, 1]),
+        ({0: 0x8007, 1: 0x7007}, [1, 1]),
+        ({0: 0x8007, 1: 0x9005}, [1, 1]),
+        ({0: 0x8007, 1: 0x9003}, [1, 1]),
+        ({0: 0x8007, 1: 0x9007 | XD}, [1, 1]),
+        ({0: 0x8067, 1: 0x9007, 2: 0xA227}, [3]),
+        ({0: 0x8007, 1: 0x9017}, [1, 1]),
+    ],
+    ids=[
+        *("neighbours", "a gap of addresses", "a gap of frames", "frames go down"),
+        *("no write", "no user", "no execute", "what does not count", "cache disabled"),
+    ],
+)
+def test_neighbours_that_lead_to_neighbours_alike_are_one_run(
+    entries: dict[int, int], lengths: list[int]
+) -> None:
+    from vapama.snapshot.answers import DISTINGUISHED
+
+    form = four_or_five_levels(cpu())
+    runs = runs_of(Listing(whole(one_table(entries)), form, DISTINGUISHED))
+    assert [run[3] for run in runs] == lengths
+
+
+# MEMORY IN PIECES
+
+
+@given(state=states, image=images, shift=st.integers(0, 7), gap=st.integers(0, PAGES - 1))
+def test_pieces_anywhere_in_a_file_are_as_one_image_with_a_gap(
+    state: Cpu, image: Words, shift: int, gap: int
+) -> None:
+    """Each page stands in the file by itself, unaligned and in reverse; one is missing."""
+    image = np.concatenate([image, np.zeros(PAGES * 512 - len(image), dtype=np.uint64)])
+    data, rows = bytearray(shift), []
+    for page in reversed(range(PAGES)):
+        if page != gap:
+            rows.append((page << 12, (page + 1) << 12, len(data)))
+            data += image[page * 512 : page * 512 + 512].tobytes() + b"\xff" * 3
+    columns = (np.array(column, dtype=np.uint64) for column in zip(*sorted(rows), strict=True))
+    pieces = Pieces(at_each_position(memoryview(data), len(data)), *columns)
+    # In one image, the missing page is as if it were beyond the end.
+    moved = image.copy()
+    frames = moved >> np.uint64(12) & np.uint64(0xFF_FFFF_FFFF)
+    leaves = frames == gap
+    outside = (moved & ~np.uint64(FRAME)) | np.uint64(1 << 39)
+    found = runs_of(Listing(pieces, four_or_five_levels(state), most_runs=100))
+    table_absent = np.where(leaves, outside, moved)
+    one = runs_of(Listing(whole(table_absent), four_or_five_levels(state), most_runs=100))
+    if state.cr3 >> 12 == gap:
+        assert found == []
+        return
+    strip = [(a, level, e & ~FRAME) for a, _, level, _, _, e in found]
+    assert strip == [(a, level, e & ~FRAME) for a, _, level, _, _, e in one]
+
+
+# HOSTILE TABLES
 
 
 @pytest.mark.parametrize("la57", [0, LA57])
-def test_a_table_full_of_itself_is_enumerated_as_far_as_there_is_room(la57: int) -> None:
+def test_a_table_full_of_itself_is_listed_as_far_as_there_is_room(la57: int) -> None:
     image = np.full(512, 1, dtype=np.uint64)
     assert listed(cpu(0, la57), image, 10_000) == [(n << 12, 1, 1) for n in range(10_000)]
+
+
+@pytest.mark.parametrize(("la57", "levels"), [(0, 4), (LA57, 5)])
+def test_the_pages_of_a_table_full_of_itself_are_counted_at_once(la57: int, levels: int) -> None:
+    image = np.full(512, 1, dtype=np.uint64)
+    listing = Listing(whole(image), four_or_five_levels(cpu(0, la57)))
+    assert list(listing.counted()) == [512**levels]
+    assert listing.reads <= 512 * levels
+
+
+def test_tables_that_fan_out_to_nothing_take_no_time() -> None:
+    """512**3 ways lead to one empty page table: each table is read once."""
+    image = np.zeros(4 * 512, dtype=np.uint64)
+    for page in range(3):
+        image[page * 512 : page * 512 + 512] = (page + 1) << 12 | 7
+    listing = Listing(whole(image), four_or_five_levels(cpu()))
+    assert runs_of(listing) == []
+    assert listing.reads == 4 * 512
+
+
+def test_reading_ends_at_its_limit() -> None:
+    image = np.full(512, 1, dtype=np.uint64)
+    listing = Listing(whole(image), four_or_five_levels(cpu()), most_reads=5 * 512)
+    assert len(runs_of(listing)) == 2 * 512
+    assert listing.stopped == "reads"
+    assert listing.reads == 5 * 512
+    counting = Listing(whole(image), four_or_five_levels(cpu()), most_reads=3 * 512)
+    assert list(counting.counted()) == [None]
+
+
+@given(state=states, image=images)
+def test_the_count_is_that_of_the_list(state: Cpu, image: Words) -> None:
+    form = four_or_five_levels(state)
+    assert [*Listing(whole(image), form).counted()] == [len(runs_of(Listing(whole(image), form)))]
+
+
+def test_a_memory_of_tables_that_is_full_costs_time_and_no_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listings, "SLOTS", 2)
+    for seed in range(20):
+        image = sparse_tables(seed, PAGES * 512)
+        assert listed(cpu(), image, 1 << 12) == expected(cpu(), image, 1 << 12)
+
+
+# MISTAKES
+
+SEEDED = """
+@ a-table-ends-early
+-        while i < last:
++        while i + 1 < last:
+
+@ reserved-bits-of-pages-are-those-of-tables
+-            bad = entry & page_zero if page else entry & table_zero
++            bad = entry & table_zero
+
+@ reserved-bits-of-tables-are-those-of-pages
+-            bad = entry & page_zero if page else entry & table_zero
++            bad = entry & page_zero
+
+@ rights-are-those-of-the-leaf
+-            allowed = left & (entry ^ forbids | keeps)
++            allowed = entry ^ forbids | keeps
+
+@ xd-is-a-right
+-            allowed = left & (entry ^ forbids | keeps)
++            allowed = left & (entry | keeps)
+
+@ no-sign
+-                    if address >> form[SIGN]:
++                    if not form[TOP]:
+
+@ pat-is-part-of-the-frame
+-                    pa = entry & FRAME & ~((1 << shift) - 1)
++                    pa = entry & FRAME
+
+@ pages-of-two-sizes-are-a-run
+-                        and found_level[n - 1] == level
+
+@ pages-of-other-rights-are-a-run
+-                        and found_rights[n - 1] == allowed
+
+@ pages-of-other-bits-are-a-run
+-                        and (found_entry[n - 1] ^ entry) & same == 0
+
+@ a-gap-is-part-of-a-run
+-                        and found_address[n - 1] + (found_pages[n - 1] << shift) == address
+
+@ frames-apart-are-a-run
+-                        and pa - found_pa[n - 1] == found_pages[n - 1] << shift
+
+@ a-page-is-lost-between-batches
+-                        state[LEVEL], state[NEXT + level] = level, i - 1
+-                        return FULL
++                        state[LEVEL], state[NEXT + level] = level, i
++                        return FULL
+
+@ a-table-is-lost-between-batches
+-                state[LEVEL], state[NEXT + level] = level, i - 1
+-                return TIRED
++                state[LEVEL], state[NEXT + level] = level, i
++                return TIRED
+
+@ pages-below-are-forgotten
+-            state[BELOW + level] = state[BELOW + level] + state[BELOW + level - 1]
++            state[BELOW + level] = state[BELOW + level]
+
+@ a-table-half-there-is-read
+-    if low == 0 or address + size > ends[low - 1]:
++    if low == 0 or address >= ends[low - 1]:
+
+@ the-piece-before
+-        if firsts[middle] <= address:
++        if firsts[middle] < address:
+
+@ a-table-is-remembered-at-any-level
+-    key = place << 3 | level
++    key = place << 3 | 1
+"""
+MISTAKES = list(parse(f"file: impl/kernels/mappings.py\n{SEEDED}").values())
+
+
+def telling() -> Words:
+    """Tables in which what is easily overlooked comes up."""
+    image = np.zeros(8 * 512, dtype=np.uint64)
+    entries = {
+        (0, 0): 0x1007, (0, 511): 0x1007, (1, 0): 0x2007, (1, 2): 0x6007, (1, 3): 0x7007,
+        (2, 0): 0x3007, (3, 0): 0x40_0007,
+        # A large page where one more like that of PTE 0 would be; one with PAT; a reserved bit.
+        (2, 1): 0x60_0087, (2, 2): 0x80_1087, (2, 3): 0xA0_2087, (2, 511): 0x4007,
+        # Neighbours of other rights, of other bits, at other addresses, of other frames.
+        (4, 0): 0x8003, (4, 1): 0x9003, (4, 2): 0xA001, (4, 3): 0xB011, (4, 5): 0xC011,
+        (4, 6): 0xE011, (4, 511): 0xF001 | XD,
+        # The table at 0x5000 maps nothing as a page directory, and a page as a page table.
+        (6, 0): 0x5007, (5, 0): 0x0, (5, 1): 0x1000_0000_0001, (7, 0): 0x3007 | 1 << 45,
+    }  # fmt: skip
+    for (page, index), entry in entries.items():
+        image[page * 512 + index] = entry
+    return image
+
+
+def levels_apart() -> Words:
+    """The table at 0x3000 maps nothing as a page directory, and a page as a page table."""
+    image = np.zeros(6 * 512, dtype=np.uint64)
+    for page, index, entry in (
+        (0, 0, 0x1007), (1, 0, 0x3007), (1, 1, 0x2007), (2, 0, 0x3007), (3, 5, 0x4007),
+    ):  # fmt: skip
+        image[page * 512 + index] = entry
+    return image
+
+
+def outcome_of_all() -> list[Any]:
+    """Lists, merged and not, in batches, and counts, of tables of every kind."""
+    seen: list[Any] = []
+    some = [sparse_tables(seed, PAGES * 512 - seed % 2) for seed in range(30)]
+    for seed, image in enumerate([telling(), levels_apart(), *some]):
+        for la57 in (0, LA57) if seed > 1 else (0,):
+            form = four_or_five_levels(cpu((seed & 3) << 12 if seed > 1 else 0, la57))
+            for same in (0, 1 << 4, WORD ^ FRAME):
+                listing = Listing(whole(image), form, same, most_runs=400)
+                seen.append((runs_of(listing, room=7, reads=1024), listing.malformed))
+            seen += list(Listing(whole(image), form).counted())
+    return seen
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_of_the_kernel_shows(mistake: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As they are written: to compile each mistake would take longer than to run it.
+    monkeypatch.setattr("vapama.impl.kernels.compiled.compiled", plain)
+    right = outcome_of_all()
+    monkeypatch.setattr(listings, "kernel", mistake.module())
+    try:
+        seen = outcome_of_all()
+    except IndexError:
+        return  # it read beyond the image
+    assert seen != right
+
+
+def plain(function: Any) -> Any:
+    """In place of compiling a kernel: the kernel on Python's ints."""
+
+    def run(*arguments: Any) -> Any:
+        return function(*(Ints(a) if isinstance(a, np.ndarray) else int(a) for a in arguments))
+
+    return run
+
+
+class Ints:
+    """An array whose elements are ints."""
+
+    def __init__(self, array: Words) -> None:
+        self.array = array
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.array[index])
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self.array[index] = value
+
+
+def test_the_kernel_as_it_is_written_and_compiled_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = outcome_of_all()
+    monkeypatch.setattr("vapama.impl.kernels.compiled.compiled", plain)
+    assert outcome_of_all() == compiled

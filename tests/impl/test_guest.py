@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vapama import snapshot as guests
 from vapama.bugs.mistakes import MISTAKES, Mistake
 from vapama.case import BadInput
-from vapama.impl import optimized
-from vapama.snapshot import SHIPPED, Snapshot, check_snapshot, load_snapshot
+from vapama.impl import listing, optimized
+from vapama.snapshot import truth as guests
+from vapama.snapshot.truth import SHIPPED, Snapshot, check_snapshot, load_snapshot
 from vapama.spec import paging
 from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, Cpu
 from vapama.spec.memory import Image
 
 MAPPINGS = 38_697
-KERNELS = "impl/kernels/long_mode.py"
+LISTER = "impl/kernels/mappings.py"
 
 
 @pytest.fixture(scope="module")
@@ -145,19 +145,25 @@ def test_one_flipped_bit_of_the_real_guest_is_told(guest: Snapshot) -> None:
     [
         (MISTAKES["reads-need-a-writable-page"], WALKED[1]),
         (MISTAKES["the-batch-shares-its-first-result"], WALKED[1]),
+        (Mistake("no-sign", LISTER, "if address >> form[SIGN]:", "if form[SIGN] == 0:"), FOUND[1]),
+        (Mistake("no-1", LISTER, "while i < last:", "while i < 1:"), FOUND[1]),
         (
-            Mistake("no-sign", KERNELS, "if address >> (width - 1):", "if address >> width:"),
+            Mistake(
+                "no-large",
+                LISTER,
+                "if page:\n                if",
+                "if level < 2:\n                if",
+            ),
             FOUND[1],
         ),
-        (Mistake("no-1", KERNELS, "if i == 512:", "if i == 1:"), FOUND[1]),
-        (Mistake("no-large", KERNELS, "level < 4 and entry & 0x80", "level < 2"), FOUND[1]),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_a_mistake_of_the_kernels_shows_on_a_guest(
     mistake: Mistake, told_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimized, "long_mode", mistake.module())
+    module = listing if mistake.file == LISTER else optimized
+    monkeypatch.setattr(module, "kernel" if module is listing else "long_mode", mistake.module())
     assert [what for what, (wrong, _) in results(small()).items() if wrong] == [told_by]
 
 
