@@ -31,9 +31,13 @@ def to_number(value: object, where: str) -> int:
     return number
 
 
-def state_to_json(state: Any) -> dict[str, str]:
-    """A control state or an access (a named tuple of words), by field."""
-    return {name: hex(value) for name, value in zip(state._fields, state, strict=True)}
+def state_to_json(state: Any) -> dict[str, Any]:
+    """A control state or an access (a named tuple of words, or rows of them), by field."""
+    return {
+        name: hex(value) if isinstance(value, int) else list(map(hex, value))
+        for name, value in zip(state._fields, state, strict=True)
+        if value is not None
+    }
 
 
 def state_from_json(kind: Any, content: object, where: str) -> Any:
@@ -50,7 +54,15 @@ def state_from_json(kind: Any, content: object, where: str) -> Any:
     for name in fields:
         if name not in content and name not in kind._field_defaults:
             raise Malformed(f"{where} lacks the field {name}")
-    return kind(**{name: to_number(v, f"{where}.{name}") for name, v in content.items()})
+    return kind(**{name: _value(value, f"{where}.{name}") for name, value in content.items()})
+
+
+def _value(content: object, where: str) -> int | tuple[int, ...] | None:
+    if content is None:
+        return None
+    if isinstance(content, list):
+        return tuple(to_number(value, f"{where}[{k}]") for k, value in enumerate(content))
+    return to_number(content, where)
 
 
 KINDS: dict[str, Any] = {

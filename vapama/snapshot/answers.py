@@ -7,9 +7,21 @@ from vapama.case import BadInput
 from vapama.explain import SIZES
 from vapama.impl.listing import Listing, Runs, four_or_five_levels
 from vapama.snapshot.images import Absent, Image
-from vapama.spec import paging
+from vapama.spec import modes, paging
 from vapama.spec.access import Access
-from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, WP, Cpu, ImpossibleState, UnsupportedMode
+from vapama.spec.cpu import (
+    LMA,
+    LME,
+    NXE,
+    PAE,
+    PE,
+    PG,
+    RFLAGS_ONE,
+    WP,
+    Cpu,
+    ImpossibleState,
+    UnsupportedMode,
+)
 from vapama.spec.outcomes import Outcome, OutsideMemory
 
 MAXPHYADDR = 52
@@ -32,7 +44,16 @@ def control_state(image: Image, given: Mapping[str, int], processor: int = 0) ->
     known.setdefault("efer", _efer(image, known))
     known.setdefault("maxphyaddr", MAXPHYADDR)
     try:
-        return Cpu(**{name: known[name] for name in Cpu._fields if name in known})
+        return Cpu(
+            known["cr0"],
+            known["cr3"],
+            known["cr4"],
+            known["efer"],
+            known.get("rflags", RFLAGS_ONE),
+            known.get("pkru", 0),
+            known.get("pkrs", 0),
+            maxphyaddr=known["maxphyaddr"],
+        )
     except (ImpossibleState, UnsupportedMode) as error:
         raise BadInput(f"{image.name}: {error}") from None
 
@@ -64,6 +85,8 @@ architecture ignores."""
 
 def mappings(cpu: Cpu, image: Image, merge: bool, most_runs: int, most_reads: int) -> Listing:
     """A list in the making of all that is mapped. Raises `BadInput` if its root is not there."""
+    if cpu.mode not in (modes.FOUR_LEVEL, modes.FIVE_LEVEL):
+        raise BadInput(f"{image.name}: {cpu.mode.name} is not listed yet: 4-level and 5-level are")
     form = four_or_five_levels(cpu)
     same = DISTINGUISHED if merge else 0
     if merge and cpu.pke | cpu.pks:
