@@ -1,6 +1,7 @@
 """The kernels as subjects: `optimized` runs their source, `compiled` their machine code."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -50,10 +51,10 @@ def controls(cpu: Cpu) -> tuple[Word, Word, Word, Word, Word]:
 class Entries:
     """A memory as the kernels index it: the i-th 8-byte entry."""
 
-    __slots__ = ("load",)
+    __slots__ = ("load", "memory")
 
     def __init__(self, memory: Memory) -> None:
-        self.load = memory.load
+        self.memory, self.load = memory, memory.load
 
     def __getitem__(self, index: int) -> int:
         """The entry with this index."""
@@ -66,7 +67,7 @@ class Marks:
     __slots__ = ("updates",)
 
     def __init__(self) -> None:
-        self.updates: list[Update] = []
+        self.updates: tuple[Update, ...] = ()
 
     def __getitem__(self, index: int) -> int:
         """No bits: what is written back is then what is set."""
@@ -74,7 +75,7 @@ class Marks:
 
     def __setitem__(self, index: int, bits: int) -> None:
         """Keep an update of the entry with this index."""
-        self.updates.append(Update(index << 3, bits))
+        self.updates = self.updates + (Update(index << 3, bits),)  # noqa: RUF005 (see lemmas)
 
 
 class Optimized:
@@ -86,6 +87,12 @@ class Optimized:
 
     kernels = (long_mode,)
     """The modules under test, whose branches a fuzzer looks at."""
+
+    def opaque(self, faculty: str) -> list[tuple[ModuleType, str]]:
+        """The kernels behind a faculty, by module and name, where others call them: what a proof
+        leaves uninterpreted that rests on a lemma about the faculty.
+        """
+        return {"translate": [(long_mode, "walk"), (long_mode, "mark")]}[faculty]
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The outcome of the walk kernel; it sets no flags when it faults."""
@@ -99,7 +106,7 @@ class Optimized:
             access_word(access),
             [0] * 6,
         )
-        return outcome(status, value, tuple(marks.updates))
+        return outcome(status, value, marks.updates)
 
     def translate_many(
         self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access

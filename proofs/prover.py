@@ -10,17 +10,24 @@ A proof counts only if all of this holds; anything else is "undecided", with the
 - the twin: the same claim about the kernels with a seeded mistake is refuted.
 
 A counterexample counts only if its model, replayed on plain ints, fails too; it is then shrunk.
+
+A proof that uses lemmas (`vapama.proofs.lemmas`) is conditional until `vapama.proofs.ledger` has
+seen that they were proved. Its models are those of uninterpreted functions, which need not exist.
+So what it reaches, and where it fails, must be found again by runs on plain ints, drawn at random.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
 from vapama.bugs.mistakes import MISTAKES
 from vapama.case import Case, make_case
+from vapama.fuzz.random_engine import Search
 from vapama.proofs import completeness
+from vapama.proofs.ledger import Circular, settle, with_lemmas
+from vapama.proofs.lemmas import resting_on
 from vapama.proofs.symbolic import Explorer, NotDeterministic, Path, Undecided, Unfaithful
 from vapama.runs import (
     Guarded,
@@ -32,12 +39,21 @@ from vapama.runs import (
     hang_guard,
     shrink,
 )
-from vapama.spec.nondet import Invariant, Reject
-from vapama.verdict import COUNTEREXAMPLE, NOT_APPLICABLE, PROVED, UNDECIDED, Verdict
+from vapama.spec.nondet import REGISTRY, Invariant, Reject
+from vapama.verdict import (
+    CONDITIONAL,
+    COUNTEREXAMPLE,
+    NOT_APPLICABLE,
+    PROVED,
+    UNDECIDED,
+    Verdict,
+)
 
 ENGINE = "z3"
 RLIMIT = 20_000_000
 SECOND_SOLVER_SECONDS = 120.0
+WITNESS_RUNS = 100_000
+"""Runs on plain ints, at most, to witness what a proof under lemmas reaches or where it fails."""
 Progress = Callable[[int], None]
 
 
@@ -49,6 +65,7 @@ class Options:
     between two queries. `twin` is whether to require the seeded
     mistake to be refuted, `witnesses` whether to replay a model of every path, `z3_again` whether
     a fresh z3 checks path completeness besides bitwuzla. `export` is where to write the SMT-LIB.
+    `lemmas` are the invariants by name that a proof may rest on.
     """
 
     rlimit: int = RLIMIT
@@ -57,6 +74,7 @@ class Options:
     witnesses: bool = False
     z3_again: bool = False
     export: FilePath | None = None
+    lemmas: Mapping[str, Invariant] = field(default_factory=lambda: REGISTRY)
 
 
 def prove(
@@ -85,6 +103,8 @@ def prove(
         verdict.why = f"the solver gave up: {error} (limit: {options.rlimit} steps a query)"
     except NotDeterministic as error:
         verdict.why = f"not the same on every run: {error}"
+    except Circular as error:
+        verdict.why = str(error)
     except TypeError as error:
         verdict.why = f"cannot be run on symbols: {error}"
     except SubjectRaised as error:
@@ -98,11 +118,16 @@ def prove(
 def _prove(
     invariant: Invariant, subject: Guarded, options: Options, progress: Progress, verdict: Verdict
 ) -> None:
+    with_lemmas([invariant], options.lemmas)
+    lemmas = [options.lemmas[name] for name in invariant.uses]
     explorer = Explorer(options.rlimit, subject.capabilities.narrow)
     explorer.on_path = progress
     try:
-        with hang_guard(options.hang_seconds) as explorer.on_check:
-            paths = explorer.explore(lambda: invariant.claim(explorer, subject))
+        with (
+            resting_on(explorer, subject, lemmas) as begun,
+            hang_guard(options.hang_seconds) as explorer.on_check,
+        ):
+            paths = explorer.explore(begun(lambda: invariant.claim(explorer, subject)))
     except (Unfaithful, SubjectRaised):
         # On ints the same inputs may well fail: then it is a counterexample like any other.
         verdict.case = concrete_case(invariant, subject, explorer.model())
@@ -110,14 +135,19 @@ def _prove(
             raise
         verdict.status, verdict.why = COUNTEREXAMPLE, verdict.case.failure
         return
+    finally:
+        verdict.queries, verdict.rests_on = explorer.checks, invariant.uses
     verdict.executions = len(paths)
     if paths[-1].failure is not None:
         _counterexample(invariant, subject, explorer, verdict)
         return
     why = (
         _vacuous(invariant, paths)
+        or (_unwitnessed(invariant, subject, verdict) if lemmas else "")
         or _incomplete(invariant, paths, options, verdict)
-        or (_untrue_witness(invariant, subject, options) if options.witnesses else "")
+        or (
+            _untrue_witness(invariant, subject, options) if options.witnesses and not lemmas else ""
+        )
     )
     if why:
         verdict.why = why
@@ -128,7 +158,7 @@ def _prove(
     if options.twin:
         verdict.why = _twin(invariant, options, verdict)
     if not verdict.why:
-        verdict.status = PROVED
+        verdict.status = CONDITIONAL if lemmas else PROVED
 
 
 def _counterexample(
@@ -136,11 +166,42 @@ def _counterexample(
 ) -> None:
     draws = explorer.model()
     verdict.case = concrete_case(invariant, subject, draws)
+    if verdict.case is None and invariant.uses:
+        search = _search(invariant, subject)
+        if search.failed is None:
+            verdict.why = (
+                f"it fails under its lemmas, which may say too little: no counterexample in "
+                f"{search.executions:,} runs"
+            )
+            return
+        verdict.case = concrete_case(invariant, subject, search.failed[1])
     if verdict.case is None:
         verdict.why = "a symbolic counterexample does not fail on ints: a defect of this engine"
         verdict.case = make_case(invariant.name, subject.name, ENGINE, "does not replay", draws)
     else:
         verdict.status, verdict.why = COUNTEREXAMPLE, verdict.case.failure
+
+
+def _search(invariant: Invariant, subject: Guarded, reaches: tuple[str, ...] = ("",)) -> Search:
+    """Runs on plain ints until one fails, or until all these labels were reached."""
+    search = Search(invariant, subject, seed=0)
+    while search.failed is None and search.executions < WITNESS_RUNS:
+        search.batch(1_000)
+        if search.nondet.reached.issuperset(reaches):
+            break
+    return search
+
+
+def _unwitnessed(invariant: Invariant, subject: Guarded, verdict: Verdict) -> str:
+    """What is wrong with the runs on plain ints that are to reach the labels; empty if nothing."""
+    search = _search(invariant, subject, invariant.reaches)
+    if search.failed is not None:
+        # So a lemma is false: the verdict on it says so as well.
+        verdict.case = concrete_case(invariant, subject, search.failed[1])
+        verdict.status = COUNTEREXAMPLE if verdict.case is not None else UNDECIDED
+        return search.failed[0].message
+    missing = [label for label in invariant.reaches if label not in search.nondet.reached]
+    return f"no run on plain ints reaches {', '.join(missing)}" if missing else ""
 
 
 def concrete_case(
@@ -167,7 +228,9 @@ def _incomplete(invariant: Invariant, paths: list[Path], options: Options, verdi
     if options.export is not None:
         options.export.mkdir(parents=True, exist_ok=True)
         (options.export / f"{invariant.name}.smt2").write_text(text)
+    start = time.monotonic()
     answers = {"bitwuzla": completeness.valid_by_bitwuzla(text, SECOND_SOLVER_SECONDS)}
+    verdict.second_solver = f"{answers['bitwuzla']}, {time.monotonic() - start:.1f} s"
     if options.z3_again:
         answers["z3"] = completeness.valid_by_z3(formula, 50 * options.rlimit)
     for solver, answer in answers.items():
@@ -214,17 +277,36 @@ def _twin(invariant: Invariant, options: Options, verdict: Verdict) -> str:
         return "no twin: name a seeded mistake (bugs/*.mistakes) that this claim must refute"
     if invariant.twin not in MISTAKES:
         return f"its twin {invariant.twin} is not a mistake of bugs/*.mistakes"
-    refuted = refute(invariant, invariant.twin, options.rlimit)
+    refuted = refute(invariant, invariant.twin, options.rlimit, options.lemmas)
     if refuted.status != COUNTEREXAMPLE:
         return f"its twin, {invariant.twin}, is not refuted: {refuted.why or refuted.status}"
     verdict.detail += f"; twin refuted in {refuted.seconds:.1f} s"
     return ""
 
 
-def refute(invariant: Invariant, mistake: str, rlimit: int = RLIMIT) -> Verdict:
+def refute(
+    invariant: Invariant,
+    mistake: str,
+    rlimit: int = RLIMIT,
+    lemmas: Mapping[str, Invariant] = REGISTRY,
+) -> Verdict:
     """The verdict on the kernels with a seeded mistake: to be a counterexample."""
     subject = Guarded(f"mistake:{mistake}", MISTAKES[mistake].subject())
-    return prove(invariant, subject, Options(rlimit=rlimit, twin=False))
+    return prove(invariant, subject, Options(rlimit=rlimit, twin=False, lemmas=lemmas))
+
+
+def prove_ledger(
+    invariants: Sequence[Invariant], subject: Guarded, options: Options | None = None
+) -> list[Verdict]:
+    """The verdicts on invariants and on all that they rest on, settled; lemmas come first.
+
+    Raises `Circular`.
+    """
+    options = options or Options()
+    ordered = with_lemmas(invariants, options.lemmas)
+    verdicts = [prove(invariant, subject, options) for invariant in ordered]
+    settle(verdicts)
+    return verdicts
 
 
 def replay_pinned(invariant: Invariant, subject: Guarded, case: Case) -> str | None:

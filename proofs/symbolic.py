@@ -56,7 +56,8 @@ class NotDeterministic(Stop):
 _explorer: Explorer | None = None
 
 
-def _running() -> Explorer:
+def running() -> Explorer:
+    """The exploration that is under way."""
     if _explorer is None:
         raise RuntimeError("a symbolic word was used outside of an exploration")
     return _explorer
@@ -66,7 +67,7 @@ _COMPLEMENT = "a complement is used other than and'ed with a word"
 _FOREIGN = "an operation that words do not have (spec/words.py says which they have)"
 
 
-def _refusal(why: str) -> Any:
+def refusal(why: str) -> Any:
     """A method that refuses, whatever it is given."""
 
     def refuse(*_: object) -> Any:
@@ -83,11 +84,11 @@ class Symbol:
     """
 
     __slots__ = ()
-    __hash__ = _refusal("a word is a key (of a dict, a set, a cache), which must be one value")
-    __index__ = _refusal("a word is made an index, a length or a plain number")
-    __neg__ = __pos__ = __abs__ = __round__ = __trunc__ = _refusal(_FOREIGN)
-    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _refusal(_FOREIGN)
-    __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _refusal(_FOREIGN)
+    __hash__ = refusal("a word is a key (of a dict, a set, a cache), which must be one value")
+    __index__ = refusal("a word is made an index, a length or a plain number")
+    __neg__ = __pos__ = __abs__ = __round__ = __trunc__ = refusal(_FOREIGN)
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = refusal(_FOREIGN)
+    __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = refusal(_FOREIGN)
 
     # To `isinstance` a word is an int, as it is without symbols.
     __class__ = property(lambda symbol: int)
@@ -150,7 +151,7 @@ class SymWord(Symbol):
         total = self.term + o.term
         most = self.may + o.may
         if most > WORD:
-            _running().require(z3.UGE(total, self.term), "a sum may exceed 64 bits")
+            running().require(z3.UGE(total, self.term), "a sum may exceed 64 bits")
         return _make(total, _ones(most) & WORD, 0)
 
     __radd__ = __add__
@@ -158,7 +159,7 @@ class SymWord(Symbol):
     def __sub__(self, other: Operand) -> Operand:
         o = word(other)
         if self.must < o.may:
-            _running().require(z3.UGE(self.term, o.term), "a difference may be negative")
+            running().require(z3.UGE(self.term, o.term), "a difference may be negative")
         return _make(self.term - o.term, _ones(self.may), 0)
 
     def __rsub__(self, other: Operand) -> Operand:
@@ -168,7 +169,7 @@ class SymWord(Symbol):
         o = word(other)
         if self.may * o.may > WORD:
             wide = z3.ZeroExt(64, self.term) * z3.ZeroExt(64, o.term)
-            _running().require(z3.Extract(127, 64, wide) == 0, "a product may exceed 64 bits")
+            running().require(z3.Extract(127, 64, wide) == 0, "a product may exceed 64 bits")
         return _make(self.term * o.term, _ones(self.may * o.may) & WORD, 0)
 
     __rmul__ = __mul__
@@ -218,7 +219,7 @@ class SymWord(Symbol):
             return True
         if not self.may:
             return False
-        return _running().branch(self.term != 0)
+        return running().branch(self.term != 0)
 
     # A word that is the same on all inputs can do what any int can.
 
@@ -257,10 +258,10 @@ class Complement(Symbol):
     def __invert__(self) -> SymWord:
         return self.inner
 
-    __or__ = __ror__ = __xor__ = __rxor__ = __add__ = __radd__ = _refusal(_COMPLEMENT)
-    __sub__ = __rsub__ = __mul__ = __rmul__ = _refusal(_COMPLEMENT)
-    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _refusal(_COMPLEMENT)
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refusal(_COMPLEMENT)
+    __or__ = __ror__ = __xor__ = __rxor__ = __add__ = __radd__ = refusal(_COMPLEMENT)
+    __sub__ = __rsub__ = __mul__ = __rmul__ = refusal(_COMPLEMENT)
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = refusal(_COMPLEMENT)
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = refusal(_COMPLEMENT)
     __hash__ = Symbol.__hash__
 
 
@@ -282,7 +283,7 @@ class SymBool(Symbol):
     def __bool__(self) -> bool:
         if self is YES or self is NO:
             return self is YES
-        return _running().branch(self.term)
+        return running().branch(self.term)
 
     def __and__(self, other: Operand) -> Operand:
         o = _condition(other)
@@ -317,7 +318,7 @@ class SymBool(Symbol):
         return word(self) ^ other if _condition(other) is None else self != other
 
     __rxor__ = __xor__
-    __invert__ = _refusal("~ of a condition is -1 or -2, never false: use `not`, or == False")
+    __invert__ = refusal("~ of a condition is -1 or -2, never false: use `not`, or == False")
     __add__, __radd__ = _of_words("__add__"), _of_words("__radd__")
     __sub__, __rsub__ = _of_words("__sub__"), _of_words("__rsub__")
     __mul__, __rmul__ = _of_words("__mul__"), _of_words("__rmul__")
@@ -387,11 +388,11 @@ def _ones(most: int) -> int:
 
 def _shift_left(a: SymWord, by: SymWord) -> Operand:
     if by.may > 63:
-        _running().require(z3.ULT(by.term, 64), "a left shift may be by 64 or more")
+        running().require(z3.ULT(by.term, 64), "a left shift may be by 64 or more")
     furthest = min(by.may, 63)
     if a.may << furthest > WORD and not (a.may == 1 and furthest <= 63):
         back = z3.LShR(a.term << by.term, by.term) == a.term
-        _running().require(back, "a left shift may exceed 64 bits")
+        running().require(back, "a left shift may exceed 64 bits")
     if by.may == by.must:
         return _make(a.term << by.term, a.may << by.may & WORD, a.must << by.may & WORD)
     return _make(a.term << by.term, _ones(a.may << furthest) & WORD, 0)
@@ -399,7 +400,7 @@ def _shift_left(a: SymWord, by: SymWord) -> Operand:
 
 def _shift_right(a: SymWord, by: SymWord) -> Operand:
     if by.may > 63:
-        _running().require(z3.ULT(by.term, 64), "a right shift may be by 64 or more")
+        running().require(z3.ULT(by.term, 64), "a right shift may be by 64 or more")
     if by.may == by.must:
         return _make(z3.LShR(a.term, by.term), a.may >> by.may, a.must >> by.may)
     return _make(z3.LShR(a.term, by.term), _ones(a.may), 0)
@@ -419,10 +420,10 @@ class SymMemory:
         """The entry at `address`, which must be aligned and below the limit."""
         where = word(address)
         if where.may & 7:
-            _running().require(where.term & 7 == 0, "a load may be unaligned")
-        _running().require((where < self.limit).term, "a load may be outside memory")
+            running().require(where.term & 7 == 0, "a load may be unaligned")
+        running().require((where < self.limit).term, "a load may be outside memory")
         for at, given in self.given:
-            if _running().always(where.term == at.term):
+            if running().always(where.term == at.term):
                 return given
         value = z3.Select(self.array, where.term)
         self.loads.append((where.term, value))
@@ -580,8 +581,23 @@ class Explorer(Nondet):
             return not negated
         if term.get_id() not in self.known:
             sides = [z3.Not(term), term] if negated else [term, z3.Not(term)]
-            self.known[term.get_id()] = (self._decide(BRANCH, sides) == 0) is not negated
+            self._learn(term, (self._decide(BRANCH, sides) == 0) is not negated)
         return self.known[term.get_id()] is not negated
+
+    def _learn(self, term: z3.BoolRef, holds: bool) -> None:
+        """From here on the path knows a condition, and the parts of a conjunction that holds."""
+        self.known[term.get_id()] = holds
+        if holds and z3.is_and(term):
+            for part in term.children():
+                simple, negated = self._normal(part)
+                self._learn(simple, not negated)
+
+    def is_known(self, term: z3.BoolRef) -> bool:
+        """Whether this path has met the condition already and it held there; asks no solver."""
+        term, negated = self._normal(term)
+        if z3.is_true(term):
+            return not negated
+        return self.known.get(term.get_id()) is (not negated)
 
     def require(self, term: z3.BoolRef, otherwise: str) -> None:
         """End in `Unfaithful` unless the condition always holds on this path."""

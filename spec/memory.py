@@ -98,3 +98,17 @@ class Watched:
         """The memory's own entry."""
         self.loads.append(address)
         return self.memory.load(address)
+
+
+class Counted:
+    """Another memory that counts its loads."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.limit: Word = memory.limit
+        self.count: Word = 0
+
+    def load(self, address: Word) -> Word:
+        """The memory's own entry."""
+        self.count = self.count + 1
+        return self.memory.load(address)

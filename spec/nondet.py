@@ -226,6 +226,16 @@ NO_PAGING = ControlStates("no paging", {**_LEGACY, **_OFF})
 EVERY_PAGING = (LONG_MODE, PAGING_32, PAE_PAGING, PAE_IN_MEMORY)
 EVERY_MODE = (*EVERY_PAGING, NO_PAGING)
 
+
+def draws_of(value: Any) -> dict[str, Word]:
+    """The words that `value`, an access or a control state, is drawn from, by the draws' names."""
+    if isinstance(value, Access):
+        kind = value.implicit | value.write << 1 | value.user << 2 | value.fetch << 4
+        return {"access": kind, "address": value.address}
+    words: dict[str, Word] = value._asdict()
+    return words
+
+
 Claim = Callable[[Nondet, Any], None]
 
 
@@ -249,6 +259,8 @@ class Invariant:
     twin: str
     bound: str
     searched: str = ""
+    uses: tuple[str, ...] = ()
+    equates: tuple[Callable[..., Any], str] | None = None
 
     @property
     def title(self) -> str:
@@ -267,6 +279,8 @@ def invariant(
     twin: str = "",
     bound: str = "",
     searched: str = "",
+    uses: Sequence[str] = (),
+    equates: tuple[Callable[..., Any], str] | None = None,
 ) -> Callable[[Claim], Claim]:
     """Register the decorated function as an invariant.
 
@@ -292,6 +306,8 @@ def invariant(
             twin,
             bound,
             searched,
+            tuple(uses),
+            equates,
         )
         return claim
 

@@ -167,12 +167,7 @@ def _flags_agree(
     observes: frozenset[str],
 ) -> Condition:
     if UPDATES in observes:
-        if len(expected) != len(observed):
-            return False
-        same: Condition = True
-        for e, o in zip(expected, observed, strict=True):
-            same = same & (e.address == o.address) & (e.bits == o.bits)
-        return same
+        return expected == observed
     if EFFECTS in observes:
         return effects(expected, memory) == effects(observed, memory)
     return True

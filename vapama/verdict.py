@@ -6,6 +6,8 @@ from vapama.case import BadInput, Case
 
 PROVED, HELD, COUNTEREXAMPLE = "proved", "held", "counterexample"
 UNDECIDED, NOT_APPLICABLE = "undecided", "not applicable"
+CONDITIONAL = "conditional"
+"""Proved if the lemmas that it rests on are, which `vapama.proofs.ledger` decides."""
 
 
 class Verdict(msgspec.Struct, kw_only=True):
@@ -13,7 +15,8 @@ class Verdict(msgspec.Struct, kw_only=True):
 
     `detail` is the evidence in a few words (examples, executions, paths); `why` says what is wrong
     for any other status than proved or held. `known` counts the disagreements that are departures
-    of the subject known by name.
+    of the subject known by name. A proof also has: `rests_on`, the lemmas that it uses; `queries`,
+    how often the solver was asked; `second_solver`, what bitwuzla says and how long it took.
     """
 
     invariant: str
@@ -26,6 +29,9 @@ class Verdict(msgspec.Struct, kw_only=True):
     executions: int = 0
     known: dict[str, int] = {}
     case: Case | None = None
+    rests_on: tuple[str, ...] = ()
+    queries: int = 0
+    second_solver: str = ""
 
     @property
     def good(self) -> bool:
@@ -43,7 +49,7 @@ def exit_status(verdicts: list[Verdict]) -> int:
     statuses = {v.status for v in verdicts}
     if COUNTEREXAMPLE in statuses:
         return EXIT_COUNTEREXAMPLE
-    if UNDECIDED in statuses or not statuses & {PROVED, HELD}:
+    if statuses & {UNDECIDED, CONDITIONAL} or not statuses & {PROVED, HELD}:
         return EXIT_UNDECIDED
     return EXIT_HELD
 

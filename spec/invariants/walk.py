@@ -43,6 +43,7 @@ DIFFERENCE = Domain(free=low_bits(21), scope=(0x1000, 0x1))
 @invariant(
     source="Intel SDM Vol. 3A, 4.5 to 4.8",
     reaches=ALL_KINDS,
+    equates=(translate, "translate"),
     twin="a-user-page-needs-only-its-leaf",
 )
 def the_walk_equals_the_reference(nondet: Nondet, subject: Any) -> None:

@@ -1101,7 +1101,7 @@ MISTAKES = {
         TABLE_ALONE,
     ),
     "memory has no end": Mistake(
-        '_running().require((where < self.limit).term, "a load may be outside memory")',
+        'running().require((where < self.limit).term, "a load may be outside memory")',
         "pass",
         memory_goes_on_beyond_its_limit,
         TABLE_ALONE,

@@ -431,14 +431,14 @@ MISTAKES: dict[str, tuple[str, str, Expression, tuple[Domain, ...]]] = {
         (NIBBLE,),
     ),
     "left shifts by 64 are none": (
-        'if by.may > 63:\n        _running().require(z3.ULT(by.term, 64), "a left',
-        'if by.must > 63:\n        _running().require(z3.ULT(by.term, 64), "a left',
+        'if by.may > 63:\n        running().require(z3.ULT(by.term, 64), "a left',
+        'if by.must > 63:\n        running().require(z3.ULT(by.term, 64), "a left',
         ("<<", "y", "x"),
         (SHIFTS, Domain(among=(0,))),
     ),
     "right shifts by 64 are none": (
-        'if by.may > 63:\n        _running().require(z3.ULT(by.term, 64), "a right',
-        'if by.must > 63:\n        _running().require(z3.ULT(by.term, 64), "a right',
+        'if by.may > 63:\n        running().require(z3.ULT(by.term, 64), "a right',
+        'if by.must > 63:\n        running().require(z3.ULT(by.term, 64), "a right',
         (">>", 1, "x"),
         (SHIFTS,),
     ),

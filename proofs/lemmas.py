@@ -1,0 +1,444 @@
+"""Lemmas: how a proof may rest on others, which are proved for themselves.
+
+A proof of something large, such as the two-dimensional walk, need not look into a part of it, such
+as the second stage, that was proved already. While it is explored, for the part
+
+- each kernel is an uninterpreted function of all that it is given, words and memory: any function
+  at all, so that whatever is proved holds of the real one among others;
+- the reference returns any outcome.
+
+Of both nothing is known but what the lemmas say. They are instantiated at each call of the
+reference: each lemma's claim is run once more, its draws being the arguments of that call. What it
+assumes is then to be shown, and what it asserts is assumed. So what a proof takes from a lemma is
+what was proved, for there is no other text of it; and what is replaced is what the lemma compares,
+for it is named by the lemma (`Invariant.equates`) and by the subject (`opaque`).
+
+Memory is among the arguments, as an SMT array: after a flag was set in it, it is another.
+"""
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import z3
+
+from vapama.proofs.symbolic import (
+    MUST,
+    Explorer,
+    SymBool,
+    SymMemory,
+    SymWord,
+    Unfaithful,
+    refusal,
+    running,
+    word,
+)
+from vapama.spec import domains
+from vapama.spec.domains import Domain
+from vapama.spec.memory import Counted, Marked
+from vapama.spec.nondet import Invariant, Nondet, Reject, draws_of
+from vapama.spec.outcomes import Outcome
+from vapama.spec.words import WORD
+
+KINDS = typing.get_args(Outcome)
+WORDS = z3.BitVecSort(64)
+MEMORY = z3.ArraySort(WORDS, WORDS)
+WRITTEN = z3.DeclareSort("Written")
+"""What a kernel writes into a store: contents of a path, a list of flags set."""
+
+
+C = typing.TypeVar("C", bound=type)
+
+
+def refusing(why: str, names: str) -> Callable[[C], C]:
+    """A class whose instances refuse these operations."""
+
+    def add(to: C) -> C:
+        for name in names.split():
+            setattr(to, f"__{name}__", refusal(why))
+        return to
+
+    return add
+
+
+@refusing(
+    "what a kernel wrote is looked at, and a lemma stands in its place",
+    "add radd sub rsub mul rmul and rand or ror xor rxor lshift rlshift rshift rrshift invert "
+    "lt le gt ge eq ne bool index int hash len iter getitem format str repr",
+)
+class Written:
+    """What an uninterpreted kernel wrote into a store. It can be handed on to other kernels."""
+
+    __slots__ = ("term",)
+
+    def __init__(self, term: z3.ExprRef) -> None:
+        self.term = term
+
+
+@refusing(
+    "which flags are set is looked at one by one, and a lemma stands in their place",
+    "len bool iter getitem contains reversed lt le gt ge",
+)
+class Segments:
+    """A tuple of updates of which some parts are those that an uninterpreted kernel makes.
+
+    Only that two are the same can be told: part by part, each known or the same unknown.
+    """
+
+    __slots__ = ("parts",)
+    __hash__ = refusal("which flags are set is a key, which must be one value")
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __add__(self, other: Any) -> "Segments":
+        return Segments(*self.parts, *_parts(other))
+
+    def __radd__(self, other: Any) -> "Segments":
+        return Segments(*_parts(other), *self.parts)
+
+    def __eq__(self, other: object) -> Any:
+        ours, theirs = self.parts, _parts(other)
+        if len(ours) != len(theirs):
+            raise Unfaithful("flags set in two ways are compared, and cannot be told apart")
+        conditions = [_same_part(a, b) for a, b in zip(ours, theirs, strict=True)]
+        if len(conditions) == 1:
+            return conditions[0]
+        # Two lists can be the same though their parts differ: so only a yes can be relied on.
+        for condition in conditions:
+            running().require(condition.term, "it cannot be told whether the same flags are set")
+        return True
+
+    def __ne__(self, other: object) -> Any:
+        return not self == other
+
+
+def _parts(updates: Any) -> tuple[Any, ...]:
+    return updates.parts if type(updates) is Segments else tuple(updates)
+
+
+def _same_part(a: Any, b: Any) -> SymBool:
+    if type(a) is not type(b):
+        raise Unfaithful("flags set in two ways are compared, and cannot be told apart")
+    if type(a) is z3.ExprRef:
+        return SymBool(a == b)
+    return SymBool(z3.And(*(word(x).term == word(y).term for x, y in zip(a, b, strict=True))))
+
+
+def contents(memory: Any) -> z3.ArrayRef:
+    """All that a memory holds, as an array. Raises `Unfaithful` for a memory it does not know."""
+    if isinstance(memory, SymMemory):
+        return memory.array
+    if isinstance(memory, Marked):
+        array = contents(memory.memory)
+        for address, bits in memory.updates:
+            at = word(address).term
+            array = z3.Store(array, at, z3.Select(array, at) | word(bits).term)
+        return array
+    if isinstance(memory, Counted):
+        return contents(memory.memory)
+    raise Unfaithful(f"a lemma is used on a {type(memory).__name__}, whose contents are not known")
+
+
+class Kernel:
+    """An uninterpreted kernel: its results, and what it writes, are functions of what it is given.
+
+    That is so of a kernel because it has nothing else to go by: it reads no path before it wrote
+    it (in proofs of lemmas, reading one fails), and no state of its own.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self.results = len(typing.get_args(typing.get_type_hints(function)["return"]))
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The kernel's results, or None if it only sets flags."""
+        terms: list[z3.ExprRef] = []
+        paths: list[list[Any]] = []
+        marks: list[Any] = []
+        memories: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, list):
+                paths.append(argument)
+            elif hasattr(argument, "updates"):
+                marks.append(argument)
+            elif hasattr(argument, "memory"):
+                memories.append(argument.memory)
+                terms.append(contents(argument.memory))
+            else:
+                terms.append(word(argument).term)
+        if not self.results:
+            return self._procedure(terms, paths, marks)
+        if marks or len(memories) != 1 or len(paths) > 1:
+            raise Unfaithful(f"{self.name} is not a kernel that a lemma can stand for")
+        for path in paths:
+            path[:] = [Written(self._apply("path", WRITTEN, terms))] * len(path)
+        if isinstance(memories[0], Counted):
+            loads = SymWord(self._apply("loads", WORDS, terms))
+            memories[0].count = memories[0].count + loads
+        return tuple(SymWord(self._apply(str(i), WORDS, terms)) for i in range(self.results))
+
+    def _procedure(self, terms: list[z3.ExprRef], paths: list[list[Any]], marks: list[Any]) -> None:
+        """A kernel without results: it only sets flags."""
+        if len(marks) != 1:
+            raise Unfaithful(f"{self.name} is not a kernel that a lemma can stand for")
+        for path in paths:
+            if type(path[0]) is not Written or any(part is not path[0] for part in path):
+                raise Unfaithful(f"{self.name} is given a path that is not one kernel's")
+            terms.append(path[0].term)
+        marks[0].updates = marks[0].updates + Segments(self._apply("flags", WRITTEN, terms))
+
+    def _apply(self, what: str, sort: z3.SortRef, terms: list[z3.ExprRef]) -> Any:
+        return _function(f"{self.name}.{what}", sort, tuple(t.sort() for t in terms))(*terms)
+
+
+@lru_cache(maxsize=256)
+def _function(name: str, sort: z3.SortRef, sorts: tuple[z3.SortRef, ...]) -> z3.FuncDeclRef:
+    return z3.Function(name, *sorts, sort)
+
+
+class Instance(Nondet):
+    """A `Nondet` for a lemma's claim that is run at a call: its draws are the call's arguments.
+
+    That they are in the domains of the draws, and what the claim assumes, is to be shown.
+    """
+
+    def __init__(self, explorer: Explorer, lemma: str, arguments: tuple[Any, ...]) -> None:
+        self.explorer, self.lemma, self.arguments = explorer, lemma, arguments
+        self.values: dict[str, Any] = {}
+        for argument in arguments:
+            if not hasattr(argument, "load"):
+                self.values |= draws_of(argument)
+
+    def word(self, name: str, domain: Domain = domains.ANY) -> Any:
+        """The argument's word. Raises `Unfaithful` if it may lie outside of the domain."""
+        if name not in self.values:
+            raise Unfaithful(f"the lemma {self.lemma} draws {name}, which a call does not have")
+        value = self.values[name]
+        self._in_domain(name, word(value), domain)
+        return value
+
+    def _in_domain(self, name: str, value: SymWord, domain: Domain) -> None:
+        domain = self.explorer.narrow.get(name, domain)
+        if domain.among:
+            inside = z3.Or(*(value.term == v for v in domain.among))
+        else:
+            others = value & (WORD ^ (domain.free | domain.fixed))
+            inside = z3.And(
+                word(others == 0).term == 1, (value & domain.fixed).term == domain.fixed
+            )
+        self._show(inside, f"its {name} may be outside of the lemma's domain")
+
+    def _show(self, condition: z3.BoolRef, otherwise: str) -> None:
+        why = f"the lemma {self.lemma} is used where it says nothing: {otherwise}"
+        self.explorer.require(condition, why)
+
+    def one_of(self, name: str, options: Sequence[Any]) -> Any:
+        """Refused: a call has no options."""
+        raise Unfaithful(f"the lemma {self.lemma} draws {name}, which a call does not have")
+
+    def memory(self, name: str, given: Sequence[tuple[Any, Any]] = ()) -> Any:
+        """The memory of the call."""
+        if given:
+            raise Unfaithful(f"the lemma {self.lemma} is about a memory with given entries")
+        memory = next(a for a in self.arguments if hasattr(a, "load"))
+        self._in_domain(f"{name}.limit", word(memory.limit), domains.LIMIT)
+        return memory
+
+    def assume(self, condition: Any) -> None:
+        """To be shown."""
+        truth = condition.term if type(condition) is SymBool else word(condition).term != 0
+        self._show(truth, "its assumption may not hold")
+
+    def reach(self, label: str) -> None:
+        """Says nothing here."""
+
+    def seen(self, state: Any) -> None:
+        """Says nothing here."""
+
+    def access(self) -> Any:
+        """The access of the call."""
+        return self._drawn(Nondet.access)
+
+    def cpu(self) -> Any:
+        """The control state of the call."""
+        return self._drawn(Nondet.cpu)
+
+    def _drawn(self, draw: Callable[[Nondet], Any]) -> Any:
+        """The argument that the lemma draws so. It has to be one that can be drawn."""
+        drawn = draw(self)
+        given = next(a for a in self.arguments if type(a) is type(drawn))
+        for ours, theirs in zip(drawn, given, strict=True):
+            same = word(ours).term == word(theirs).term
+            self._show(same, f"no draw gives this {type(drawn).__name__}")
+        return given
+
+
+class Call(typing.NamedTuple):
+    """A call of the reference: with what, and the outcome that it was given."""
+
+    arguments: tuple[Any, ...]
+    outcome: Any
+
+
+class Lemmas:
+    """The lemmas that one exploration rests on, at work."""
+
+    def __init__(self, explorer: Explorer, subject: Any, lemmas: Sequence[Invariant]) -> None:
+        self.explorer, self.subject, self.lemmas = explorer, subject, lemmas
+        self.calls: list[Call] = []
+        self.running: Call | None = None
+
+    def begin(self) -> None:
+        """A run of the exploration begins."""
+        self.calls, self.running = [], None
+
+    def reference(self, equality: Invariant, *arguments: Any) -> Any:
+        """In place of the reference: an outcome of which the lemmas say what it can be."""
+        if self.running is not None:
+            # A lemma's claim asks for it, which may know its own draws alone.
+            if all(a is b for a, b in zip(arguments, self.running.arguments, strict=True)):
+                return self.running.outcome
+            raise Unfaithful(f"{equality.name} asks for the reference at others than its draws")
+        for call in self.calls:
+            if all(_identical(a, b) for a, b in zip(arguments, call.arguments, strict=True)):
+                return dataclasses.replace(call.outcome)
+        outcome = self._outcome(equality, arguments)
+        self.calls.append(Call(arguments, outcome))
+        return dataclasses.replace(outcome)
+
+    def _outcome(self, equality: Invariant, arguments: tuple[Any, ...]) -> Any:
+        """Any outcome that the lemmas allow for a call with these arguments."""
+        assert equality.equates is not None
+        ours = getattr(self.subject, equality.equates[1])(*arguments)
+        for kind in KINDS:
+            if kind is not type(ours):
+                self._rule_out(equality, Call(arguments, self._arbitrary(kind)))
+        outcome = self._arbitrary(type(ours))
+        for lemma in self.lemmas:
+            self._instantiate(lemma, Call(arguments, outcome))
+        return self._simplified(outcome, ours)
+
+    def _arbitrary(self, kind: type) -> Any:
+        """An outcome of this kind of which nothing else is known."""
+        number = len(self.calls)
+        values: dict[str, Any] = {}
+        for part in dataclasses.fields(kind):
+            name = f"{kind.__name__}.{part.name}#{number}"
+            if part.name in ("updates", "may_update"):
+                values[part.name] = Segments(z3.Const(name, WRITTEN))
+            else:
+                values[part.name] = SymWord(z3.BitVec(name, 64))
+        return kind(**values)
+
+    def _rule_out(self, equality: Invariant, call: Call) -> None:
+        """Outcomes of another kind than the subject's must be refuted by the lemma outright."""
+        before = self.explorer.position
+        try:
+            self._run(equality, call)
+        except AssertionError:
+            asked = self.explorer.trail[before : self.explorer.position]
+            if all(decision.kind == MUST for decision in asked):
+                return
+        raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
+
+    def _instantiate(self, lemma: Invariant, call: Call) -> None:
+        """Run a lemma's claim on a call: the rest of the path is where its assertions hold."""
+        try:
+            self._run(lemma, call)
+        except AssertionError:
+            raise Reject from None
+
+    def _run(self, lemma: Invariant, call: Call) -> None:
+        self.running = call
+        try:
+            lemma.claim(Instance(self.explorer, lemma.name, call.arguments), self.subject)
+        except Reject:
+            raise Unfaithful(f"the lemma {lemma.name} is used where it says nothing") from None
+        finally:
+            self.running = None
+
+    def _simplified(self, outcome: Any, ours: Any) -> Any:
+        """The outcome with the subject's words where this path is known to make them equal."""
+        for part in dataclasses.fields(outcome):
+            arbitrary, value = getattr(outcome, part.name), getattr(ours, part.name)
+            if type(arbitrary) is SymWord:
+                if self.explorer.is_known(arbitrary.term == word(value).term):
+                    setattr(outcome, part.name, value)
+            elif type(value) is Segments and self.explorer.is_known(
+                z3.And(*(a == b for a, b in zip(arbitrary.parts, value.parts, strict=True)))
+            ):
+                setattr(outcome, part.name, value)
+        return outcome
+
+
+def _identical(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same, seen without asking the solver."""
+    if a is b:
+        return True
+    if type(a) is type(b) is SymWord:
+        return bool(a.term.eq(b.term))
+    if type(a) is not type(b) or not isinstance(a, tuple) or len(a) != len(b):
+        return False
+    return all(map(_identical, a, b))
+
+
+@contextmanager
+def resting_on(
+    explorer: Explorer, subject: Any, lemmas: Sequence[Invariant]
+) -> Iterator[Callable[[Callable[[], None]], Callable[[], None]]]:
+    """While inside, what the lemmas are about is uninterpreted. Gives what makes a function that
+    is to be explored begin each of its runs with no call made yet.
+
+    Raises `Unfaithful` if the lemmas name nothing to be replaced.
+    """
+    runtime = Lemmas(explorer, subject, lemmas)
+    places: list[tuple[ModuleType, str, Any]] = []
+    for lemma in lemmas:
+        if lemma.equates is None:
+            continue
+        reference, faculty = lemma.equates
+
+        def instead(*arguments: Any, _lemma: Invariant = lemma) -> Any:
+            return runtime.reference(_lemma, *arguments)
+
+        places += [(*place, instead) for place in _places(reference)]
+        kernels: dict[Any, Kernel] = {}
+        for module, name in subject.subject.opaque(faculty):
+            function = getattr(module, name)
+            kernel = kernels.setdefault(function, Kernel(function))
+            places.append((module, name, kernel))
+    if lemmas and not places:
+        raise Unfaithful("the lemmas that it rests on do not say what they are about")
+    before = [(module, name, getattr(module, name)) for module, name, _ in places]
+
+    def begun(function: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            runtime.begin()
+            function()
+
+        return run
+
+    try:
+        for module, name, replacement in places:
+            setattr(module, name, replacement)
+        yield begun
+    finally:
+        for module, name, original in before:
+            setattr(module, name, original)
+
+
+def _places(reference: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
+    """Where the specification knows the function, and by what name."""
+    return [
+        (module, name)
+        for title, module in list(sys.modules.items())
+        if title.startswith("vapama.spec.")
+        for name, value in list(vars(module).items())
+        if value is reference
+    ]
