@@ -41,7 +41,7 @@ from vapama.proofs.symbolic import (
 from vapama.spec import domains
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Counted, Marked
-from vapama.spec.nondet import Invariant, Nondet, Reject, draws_of
+from vapama.spec.nondet import ControlStates, Invariant, Nondet, Reject, draws_of
 from vapama.spec.outcomes import Outcome
 from vapama.spec.words import WORD
 
@@ -242,7 +242,12 @@ class Instance(Nondet):
         """Refused: a call has no options."""
         raise Unfaithful(f"the lemma {self.lemma} draws {name}, which a call does not have")
 
-    def memory(self, name: str, given: Sequence[tuple[Any, Any]] = ()) -> Any:
+    def memory(
+        self,
+        name: str,
+        given: Sequence[tuple[Any, Any]] = (),
+        entries: Domain = domains.ENTRY,
+    ) -> Any:
         """The memory of the call."""
         if given:
             raise Unfaithful(f"the lemma {self.lemma} is about a memory with given entries")
@@ -265,17 +270,32 @@ class Instance(Nondet):
         """The access of the call."""
         return self._drawn(Nondet.access)
 
-    def cpu(self) -> Any:
+    def cpu(self, *states: ControlStates) -> Any:
         """The control state of the call."""
+        if states:
+            raise Unfaithful(f"the lemma {self.lemma} draws states of kinds, which a call has not")
         return self._drawn(Nondet.cpu)
+
+    def guest_physical_access(self) -> Any:
+        """The access of the call."""
+        return self._drawn(Nondet.guest_physical_access)
+
+    def ept(self) -> Any:
+        """The second stage of the call."""
+        return self._drawn(Nondet.ept)
+
+    def npt(self) -> Any:
+        """The second stage of the call."""
+        return self._drawn(Nondet.npt)
 
     def _drawn(self, draw: Callable[[Nondet], Any]) -> Any:
         """The argument that the lemma draws so. It has to be one that can be drawn."""
         drawn = draw(self)
         given = next(a for a in self.arguments if type(a) is type(drawn))
         for ours, theirs in zip(drawn, given, strict=True):
-            same = word(ours).term == word(theirs).term
-            self._show(same, f"no draw gives this {type(drawn).__name__}")
+            if ours is not theirs:
+                same = word(ours).term == word(theirs).term
+                self._show(same, f"no draw gives this {type(drawn).__name__}")
         return given
 
 

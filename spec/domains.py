@@ -387,7 +387,7 @@ GUEST_PHYSICAL_ACCESSES = (
     *(what | user | page for what in (0, 2, 16) for user in (4, 0) for page in (32, 0, 64, 96)),
     *(8 | what | user for what in (0, 2) for user in (0, 4)),
     8 | 1,
-    *(128 | what | user | page for what in (0, 2) for user in (0, 4) for page in (0, 32)),
+    *(128 | what | user | page for what in (0, 2) for user in (0, 4) for page in (0, 32, 64, 96)),
 )
 GUEST_PHYSICAL_ACCESS = Domain(
     among=GUEST_PHYSICAL_ACCESSES, scope=(0, 2, 16, 20, 8, 10, 9, 2 | 4 | 32 | 128)

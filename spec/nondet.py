@@ -19,7 +19,7 @@ from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
 from vapama.spec.stage import Ept, Npt
 from vapama.spec.subject import TRANSLATE
-from vapama.spec.words import Condition, Flag, Word, bit, low_bits
+from vapama.spec.words import Condition, Flag, Word, bit, ite, low_bits
 
 T = TypeVar("T")
 
@@ -229,11 +229,26 @@ EVERY_MODE = (*EVERY_PAGING, NO_PAGING)
 
 def draws_of(value: Any) -> dict[str, Word]:
     """The words that `value`, an access or a control state, is drawn from, by the draws' names."""
-    if isinstance(value, Access):
-        kind = value.implicit | value.write << 1 | value.user << 2 | value.fetch << 4
-        return {"access": kind, "address": value.address}
-    words: dict[str, Word] = value._asdict()
-    return words
+    match value:
+        case Access():
+            kind = value.implicit | value.write << 1 | value.user << 2 | value.fetch << 4
+            return {"access": kind | value.shadow_stack << 6, "address": value.address}
+        case GuestPhysicalAccess():
+            kind = value.linear ^ 1 | value.write << 1 | value.user << 2 | value.table << 3
+            kind = kind | value.fetch << 4 | value.writable << 5 | value.no_execute << 6
+            return {"gpa.access": kind | value.shadow_stack << 7, "gpa": value.address}
+        case Ept():
+            words = {f"ept.{name}": word for name, word in value._asdict().items()}
+            low, root = value.eptp & low_bits(12), value.eptp >> 12 << 12
+            return {**words, "ept.low": low, "ept.root": root}
+        case Npt():
+            words = {f"npt.{name}": word for name, word in value._asdict().items()}
+            long_mode, pae = bit(value.efer, 10), bit(value.cr4, 5)
+            mode = ite(long_mode == 1, 2 | bit(value.cr4, 12), pae)
+            cr4, efer = value.cr4 & ~(PAE | LA57), value.efer & ~(LME | LMA)
+            return {**words, "npt.mode": mode, "npt.cr4": cr4, "npt.efer": efer}
+    registers: dict[str, Word] = value._asdict()
+    return registers
 
 
 Claim = Callable[[Nondet, Any], None]

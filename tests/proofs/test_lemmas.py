@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from vapama.bugs.mistakes import MISTAKES
-from vapama.impl.optimized import Optimized
+from vapama.impl.kernels import long_mode
+from vapama.impl.optimized import Entries, Marks, Optimized, access_word, controls
 from vapama.proofs.ledger import Circular, settle, with_lemmas
 from vapama.proofs.prover import Options, prove, prove_ledger
 from vapama.runs import Guarded
@@ -23,7 +24,15 @@ from vapama.spec.nondet import Claim, Invariant, Nondet, Reject, load_invariants
 from vapama.spec.outcomes import Outcome, PageFault, Translated
 from vapama.spec.subject import agree
 from vapama.spec.words import low_bits
-from vapama.verdict import CONDITIONAL, COUNTEREXAMPLE, PROVED, UNDECIDED, Verdict
+from vapama.verdict import (
+    CONDITIONAL,
+    COUNTEREXAMPLE,
+    EXIT_UNDECIDED,
+    PROVED,
+    UNDECIDED,
+    Verdict,
+    exit_status,
+)
 
 KNOWN = load_invariants()
 WALK = KNOWN["the_walk_equals_the_reference"]
@@ -36,12 +45,14 @@ def _few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lemma(claim: Claim) -> Invariant:
-    return Invariant(claim.__name__, claim, "a test", (), frozenset(), "", "", (), EQUATES)
+    return replace(resting(claim), equates=EQUATES)
 
 
 def resting(claim: Claim, *uses: Invariant, reaches: tuple[str, ...] = ()) -> Invariant:
     names = tuple(i.name for i in uses)
-    return Invariant(claim.__name__, claim, "a test", reaches, frozenset(), "", "", names)
+    return Invariant(
+        claim.__name__, claim, "a test", reaches, frozenset(), twin="", bound="", uses=names
+    )
 
 
 def verdict_on(claim: Claim, *uses: Invariant, subject: Any = None, **more: Any) -> Verdict:
@@ -80,9 +91,9 @@ def test_two_walks_are_proved_without_looking_into_either() -> None:
 
 
 def test_nothing_stays_replaced_after_a_proof() -> None:
-    before = paging.translate, Optimized().kernels.walk
+    before = paging.translate, long_mode.walk
     verdict_on(two_walks_are_as_the_reference_has_them, WALK)
-    assert (paging.translate, Optimized().kernels.walk) == before
+    assert (paging.translate, long_mode.walk) == before
 
 
 # False claims on true lemmas: by claim, the status and what is said about it.
@@ -289,7 +300,7 @@ class Peeks(Optimized):
     def translate(self, cpu: Any, memory: Memory, access: Access) -> Outcome:
         outcome = super().translate(cpu, memory, access)
         path: list[Any] = [0] * 6
-        self.kernels.walk(*walk_arguments(self, cpu, memory, access), path)
+        walk_into(path, cpu, memory, access)
         if isinstance(outcome, Translated) and path[1] == 5:
             outcome.pa = 0
         return outcome
@@ -299,26 +310,17 @@ class MarksAnothersPath(Optimized):
     """Sets the flags of two paths mixed."""
 
     def translate(self, cpu: Any, memory: Memory, access: Access) -> Outcome:
-        from vapama.impl.optimized import Marks
-
         first: list[Any] = [0] * 6
         second: list[Any] = [0] * 6
-        self.kernels.walk(*walk_arguments(self, cpu, memory, access), first)
-        self.kernels.walk(*walk_arguments(self, cpu, memory, access._replace(address=0)), second)
-        self.kernels.mark(Marks(), 4, 1, 0, [*first[:3], *second[3:]])
+        walk_into(first, cpu, memory, access)
+        walk_into(second, cpu, memory, access._replace(address=0))
+        long_mode.mark(Marks(), 4, 1, 0, [*first[:3], *second[3:]])
         return super().translate(cpu, memory, access)
 
 
-def walk_arguments(subject: Optimized, cpu: Any, memory: Memory, access: Access) -> list[Any]:
-    from vapama.impl.optimized import Entries, access_word, controls
-
-    return [
-        Entries(memory),
-        memory.limit >> 3,
-        *controls(subject.kernels, cpu),
-        access.address,
-        access_word(access),
-    ]
+def walk_into(path: list[Any], cpu: Cpu, memory: Memory, access: Access) -> None:
+    words = (*controls(cpu), access.address, access_word(access))
+    long_mode.walk(Entries(memory), memory.limit >> 3, *words, path)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_a_subject_cannot_look_behind_a_lemma(subject: Any, why: str) -> None:
 def test_no_proof_counts_that_rests_on_one_which_failed() -> None:
     twice = resting(two_walks_are_as_the_reference_has_them, WALK)
     known = {**KNOWN, twice.name: twice}
-    for mistake in ("smep-is-ignored", "the-frame-loses-its-top-bit", "reads-set-dirty"):
+    for mistake in ("smep-is-ignored", "reads-set-dirty"):
         subject = Guarded(mistake, MISTAKES[mistake].subject())
         lemma, verdict = prove_ledger([twice], subject, Options(twin=False, lemmas=known))
         assert (lemma.invariant, lemma.status) == (WALK.name, COUNTEREXAMPLE)
@@ -365,8 +367,6 @@ def proved(name: str, subject: str = "optimized", engine: str = "z3") -> Verdict
 
 
 def test_conditional_proofs_that_are_not_settled_count_for_nothing() -> None:
-    from vapama.verdict import EXIT_UNDECIDED, exit_status
-
     assert not conditional("a", "b").good
     assert exit_status([proved("b"), conditional("a", "b")]) == EXIT_UNDECIDED
 

@@ -1,14 +1,19 @@
 """Domains: every form of a domain describes the same values."""
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vapama.fuzz.decoded import RandomDraws
 from vapama.oracles.unicorn import NARROW
+from vapama.runs import Replay
 from vapama.spec import domains
 from vapama.spec.domains import ESCAPE, Domain
 from vapama.spec.invariants.rights import RIGHTS, WHICH
 from vapama.spec.invariants.walk import DIFFERENCE
+from vapama.spec.nondet import draws_of
 from vapama.spec.words import WORD
 
 DOMAINS = {
@@ -111,3 +116,10 @@ def test_every_option_of_a_domain_can_be_drawn(count: int) -> None:
     domain = Domain(among=tuple(range(count)))
     drawn = {decoded(domain, domain.encode(n)) for n in range(count)}
     assert drawn == set(range(count))
+
+
+@pytest.mark.parametrize("name", ["access", "cpu", "guest_physical_access", "ept", "npt"])
+def test_draws_give_what_they_are_the_draws_of(name: str) -> None:
+    for seed in range(200):
+        drawn = getattr(RandomDraws(Random(seed)), name)()
+        assert getattr(Replay(draws_of(drawn)), name)() == drawn
