@@ -1,21 +1,26 @@
 # make check    every invariant by every engine (`vapama check --help` has the options)
 # make test     formatting, lint, types, imports, spelling, then the tests
 # make lint     the same without the tests
-# make lock     requirements.lock anew from pyproject.toml: keeps the pins that still fit;
+# make bench    what a translation costs, beside other tools; installs those that PyPI has, and
+#               leaves out what else is missing (Debian's libkdumpfile-dev, gcc), with the reason
+# make lock     the lock files anew from pyproject.toml: keeps the pins that still fit;
 #               with UV_FLAGS=--upgrade it takes the newest versions
 # make clean    remove the environment and all that the tools leave behind
 #
 # The first of these sets up an environment, which later ones use again. PYTHON is the Python to
-# make it with and VENV its folder. CHECK_ARGS and PYTEST_ARGS are passed on.
+# make it with and VENV its folder. CHECK_ARGS, PYTEST_ARGS and BENCH_ARGS are passed on.
 
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= uv
+LOCK = $(UV) pip compile pyproject.toml --quiet --no-config --universal --fork-strategy fewest \
+    --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 
-.PHONY: check test lint lock clean
+.PHONY: check test lint bench lock clean
 
 check: $(READY)
 	@$(BIN)/vapama check $(CHECK_ARGS)
@@ -35,6 +40,15 @@ lint: $(READY)
 	@report=$$($(BIN)/lint-imports --no-logo) || { echo "$$report"; exit 1; }
 	@echo "codespell"
 	@$(BIN)/codespell
+
+bench: $(PEERS)
+	@$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+$(PEERS): $(READY) requirements-bench.lock
+	@echo "installing what is measured"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes \
+	    -r requirements-bench.lock
+	@touch $@
 
 $(READY): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
@@ -57,9 +71,10 @@ lock:
 	@command -v $(UV) >/dev/null || { \
 	    echo "make lock needs uv: pip install uv, or say where it is, as in make lock UV=/path" >&2; \
 	    exit 1; }
-	@$(UV) pip compile pyproject.toml --output-file requirements.lock --quiet --no-config \
-	    --universal --fork-strategy fewest --all-extras --group build --generate-hashes \
-	    --no-header --no-annotate --no-emit-index-url --no-emit-find-links $(UV_FLAGS)
+	@$(LOCK) --output-file requirements.lock --extra atheris --extra unicorn --extra test \
+	    --group build $(UV_FLAGS)
+	@$(LOCK) --output-file requirements-bench.lock --extra bench --constraint requirements.lock \
+	    $(UV_FLAGS)
 
 clean:
 	@rm -rf .venv build vapama.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -4,8 +4,11 @@ numba gives a uint64 combined with a literal the type int64, whose right shifts 
 signed. So each kernel is compiled from a copy whose literals and global constants are uint64, and
 whose calls to other kernels go to their compiled forms: what runs then is exactly the unsigned
 64-bit arithmetic that the proofs are about. (`len` stays signed, and only bounds loops.)
+
+Callees are inlined: a call that passes an array costs numba as much as the rest of a walk.
 """
 
+import hashlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +24,9 @@ _compiled: dict[Kernel, Kernel] = {}
 def compiled(kernel: Kernel) -> Kernel:
     """The machine-code form of a plain kernel function, made once a process."""
     if kernel not in _compiled:
-        _compiled[kernel] = numba.njit(_unsigned(kernel), cache=_has_a_file(kernel), nogil=True)
+        _compiled[kernel] = numba.njit(
+            _unsigned(kernel), cache=_has_a_file(kernel), nogil=True, inline="always"
+        )
     return _compiled[kernel]
 
 
@@ -31,11 +36,28 @@ def _unsigned(kernel: Kernel) -> Kernel:
     code = kernel.__code__
     names = {name: _constant(kernel.__globals__[name]) for name in _globals_of(kernel)}
     names["__name__"] = kernel.__module__
+    # numba keeps machine code by the bytecode and the closure of a function, and the age of its
+    # file. So the copy has a closure that tells when a callee or a constant elsewhere changes.
     copy = types.FunctionType(
-        code.replace(co_consts=tuple(map(_constant, code.co_consts))), names, kernel.__name__
+        code.replace(co_consts=tuple(map(_constant, code.co_consts)), co_freevars=("fingerprint",)),
+        names,
+        kernel.__name__,
+        closure=(types.CellType(fingerprint(kernel)),),
     )
     copy.__module__, copy.__qualname__ = kernel.__module__, kernel.__qualname__
     return copy
+
+
+def fingerprint(kernel: Kernel) -> str:
+    """A hash of what a kernel's machine code is made of: its code, its callees and constants."""
+    assert isinstance(kernel, types.FunctionType)
+    code = kernel.__code__
+    parts = [code.co_code.hex(), repr(code.co_consts)]
+    for name in _globals_of(kernel):
+        value = kernel.__globals__[name]
+        known = fingerprint(value) if isinstance(value, types.FunctionType) else repr(value)
+        parts.append(f"{name} {known}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _globals_of(kernel: types.FunctionType) -> list[str]:

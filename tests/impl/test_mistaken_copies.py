@@ -8,6 +8,7 @@ from vapama import impl
 from vapama.bugs.mistakes import MISTAKES, Mistake, parse
 from vapama.impl import optimized
 from vapama.impl.kernels import long_mode
+from vapama.impl.kernels.compiled import fingerprint
 
 DIRTY = MISTAKES["reads-set-dirty"]
 
@@ -31,6 +32,14 @@ def test_the_original_stays_as_it_was() -> None:
 def test_no_machine_code_of_a_copy_is_kept() -> None:
     module = DIRTY.module("vapama.impl.kernels.compiled")
     assert not module._has_a_file(DIRTY.module().mark)
+
+
+def test_kept_machine_code_is_of_the_callees_as_they_are() -> None:
+    mistaken = DIRTY.module().walk_and_mark
+    assert mistaken.__code__.co_code == long_mode.walk_and_mark.__code__.co_code
+    assert fingerprint(mistaken) != fingerprint(long_mode.walk_and_mark)
+    assert fingerprint(mistaken) == fingerprint(DIRTY.module().walk_and_mark)
+    assert fingerprint(long_mode.finish) == fingerprint(DIRTY.module().finish)
 
 
 def test_a_mistake_that_no_longer_fits_is_told() -> None:
