@@ -3,7 +3,7 @@
 The kernel `vapama.impl.kernels.mappings` does the work, compiled, a batch at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from mmap import mmap
 from typing import NamedTuple, TypeAlias
@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vapama.impl.kernels import mappings as kernel
-from vapama.spec.cpu import Cpu
+from vapama.spec.cpu import LA57, LMA, NXE, PAE, Cpu
+from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.words import WORD
 
 Words: TypeAlias = npt.NDArray[np.uint64]
@@ -61,36 +62,137 @@ class Form(NamedTuple):
     words: Words
 
 
-def four_or_five_levels(cpu: Cpu) -> Form:
-    """The form of a guest's 4-level or 5-level tables. Source: SDM Vol. 3A, 4.5."""
-    top = 5 if cpu.cr4 >> 12 & 1 else 4
-    nxe = cpu.efer >> 11 & 1
-    zero = (1 << ADDRESS_BITS) - (1 << cpu.maxphyaddr) | (0 if nxe else XD)
+def form_of(state: Cpu | Stage) -> Form:
+    """The form of a guest's tables, in any paging mode (but for PDPTE registers: they are read from
+    memory), or of a second stage's. Without paging there are no tables, and no form.
+    """
+    if isinstance(state, Ept):
+        return _ept(state)
+    if isinstance(state, Npt):
+        return _nested(state)
+    return _guest(state)
+
+
+class Tables(NamedTuple):
+    """The tables of a level: what `form` has of them."""
+
+    shift: int
+    entries: int
+    page: int
+    table_zero: int
+    page_zero: int
+    keeps: int
+
+
+def _form(root: int, rows: list[Tables], present: int, rights: int, **others: int) -> Form:
+    """A form from its levels, the lowest first, and from what else differs from 0."""
     words = np.zeros(kernel.FORM_WORDS, dtype=np.uint64)
-    for level in range(1, top + 1):
-        shift = 12 + 9 * (level - 1)
-        words[kernel.SHIFT + level] = shift
-        words[kernel.COUNT + level] = 512
-        words[kernel.PAGE + level] = {1: 1, 2: PS, 3: PS}.get(level, 0)
-        words[kernel.TABLE_ZERO + level] = zero | (PS if level > 3 else 0)
-        words[kernel.PAGE_ZERO + level] = zero | (1 << shift) - (1 << 13 if level > 1 else 1 << 12)
-        words[kernel.KEEPS + level] = WORD & ~(WRITE | USER | XD)
-    if not cpu.page1gb:
-        words[kernel.PAGE_ZERO + 3] |= np.uint64(PS)
-    words[kernel.TOP], words[kernel.PRESENT], words[kernel.FORBIDS] = top, 1, XD
+    fields = (
+        *(kernel.SHIFT, kernel.COUNT, kernel.PAGE),
+        *(kernel.TABLE_ZERO, kernel.PAGE_ZERO, kernel.KEEPS),
+    )
+    for level, row in enumerate(rows, 1):
+        for field_, value in zip(fields, row, strict=True):
+            words[field_ + level] = value
+    words[kernel.TOP], words[kernel.PRESENT] = len(rows), present
+    words[kernel.SIGN] = 63
+    for name, value in others.items():
+        words[getattr(kernel, name.upper())] = value
+    return Form(root, rights, words)
+
+
+TAKEN = WRITE | USER | XD
+"""The rights that an entry of ordinary paging takes away."""
+
+
+def _guest(cpu: Cpu) -> Form:
+    """Source: SDM Vol. 3A, 4.3 to 4.5."""
+    zero = (1 << ADDRESS_BITS) - (1 << cpu.maxphyaddr) | (0 if cpu.efer & NXE else XD)
+    if not cpu.cr4 & PAE:
+        return _two_levels(cpu.cr3, cpu.cr4 >> 4 & 1, cpu.pse36, cpu.maxphyaddr)
+    if not cpu.efer & LMA:
+        zero |= PAE_ZERO
+        pdpte = zero | XD | 0x1E6
+        return _three_levels(cpu.cr3 & 0xFFFF_FFE0, zero, pdpte)
+    top = 5 if cpu.cr4 & LA57 else 4
     width = 12 + 9 * top
-    words[kernel.SIGN], words[kernel.UPPER] = width - 1, WORD & ~((1 << width) - 1)
-    return Form(cpu.cr3 & kernel.FRAME, WRITE | USER | XD, words)
+    sign = {"sign": width - 1, "upper": WORD & ~((1 << width) - 1)}
+    return _long(cpu.cr3 & kernel.FRAME, top, zero, cpu.page1gb, PS, sign)
+
+
+def _nested(npt: Npt) -> Form:
+    """Source: APM Vol. 2, 5.2, 5.3 and 15.25.5."""
+    zero = (1 << ADDRESS_BITS) - (1 << npt.maxphyaddr) | (0 if npt.efer & NXE else XD)
+    if npt.efer & LMA:
+        top = 5 if npt.cr4 & LA57 else 4
+        return _long(npt.ncr3 & kernel.FRAME, top, zero, npt.page1gb, PS | 1 << 8, {})
+    if npt.cr4 & PAE:
+        zero |= PAE_ZERO
+        return _three_levels(npt.ncr3 & (kernel.FRAME | 0xFE0), zero, zero | XD | 0x1E6)
+    return _two_levels(npt.ncr3, npt.cr4 >> 4 & 1, 1, npt.maxphyaddr)
+
+
+PAE_ZERO = 0x7FF << 52
+
+
+def _long(
+    root: int, top: int, zero: int, page1gb: int, top_zero: int, sign: dict[str, int]
+) -> Form:
+    """4 or 5 levels of 512 entries of 8 bytes."""
+    keeps = WORD & ~TAKEN
+    rows = [Tables(12, 512, 1, zero, zero, keeps)]
+    for shift in (21, 30):
+        exists = shift == 21 or page1gb
+        page_zero = zero | (1 << shift) - (1 << 13) | (0 if exists else PS)
+        rows.append(Tables(shift, 512, PS, zero, page_zero, keeps))
+    rows += [Tables(12 + 9 * level, 512, 0, zero | top_zero, 0, keeps) for level in range(3, top)]
+    return _form(root, rows, 1, TAKEN, forbids=XD, **sign)
+
+
+def _three_levels(root: int, zero: int, pdpte_zero: int) -> Form:
+    """PAE: two levels of 512 entries of 8 bytes below 4 PDPTEs, which take no rights away."""
+    keeps = WORD & ~TAKEN
+    rows = [
+        Tables(12, 512, 1, zero, zero, keeps),
+        Tables(21, 512, PS, zero, zero | (1 << 21) - (1 << 13), keeps),
+        Tables(30, 4, 0, pdpte_zero, 0, WORD),
+    ]
+    return _form(root, rows, 1, TAKEN, forbids=XD)
+
+
+def _two_levels(root: int, pse: int, pse36: int, maxphyaddr: int) -> Form:
+    """32-bit: two levels of 1024 entries of 4 bytes. Bit 63, which they lack, allows execution."""
+    keeps = WORD & ~TAKEN
+    high = min(maxphyaddr, 40) - 32 if pse36 else 0
+    rows = [
+        Tables(12, 1024, 1, 0, 0, keeps),
+        Tables(22, 1024, PS * pse, 0, (1 << 22) - (1 << 13 + high), keeps),
+    ]
+    return _form(root & 0xFFFF_F000, rows, 1, TAKEN, forbids=XD, narrow=1, high=0xFF)
+
+
+def _ept(ept: Ept) -> Form:
+    """Source: SDM Vol. 3C, tables 31-1 to 31-7."""
+    taken = 0x407 if ept.mbec else 7
+    zero, keeps = (1 << ADDRESS_BITS) - (1 << ept.maxphyaddr), WORD & ~taken
+    rows = [Tables(12, 512, taken, zero, zero, keeps)]
+    for shift, exists in ((21, ept.page2mb), (30, ept.page1gb)):
+        page_zero = zero | (1 << shift) - (1 << 12) | (0 if exists else PS)
+        rows.append(Tables(shift, 512, PS, zero | 0x78, page_zero, keeps))
+    rows += [Tables(12 + 9 * k, 512, 0, zero | 0xF8, 0, keeps) for k in range(3, ept.levels)]
+    rules = 3 if ept.execute_only else 1
+    return _form(ept.eptp & kernel.FRAME, rows, taken, taken, ept=rules)
 
 
 class Runs(NamedTuple):
-    """Runs of pages, by column: linear address, physical address, level, number of pages, rights
-    (bits as in an entry; bit 63 allows execution), and the entry that maps the first page.
+    """Runs of pages, by column: linear address, physical address, size of a page (as a power of
+    two), number of pages, rights (bits as in an entry, but bit 63 of ordinary paging allows
+    execution), and the entry that maps the first page.
     """
 
     addresses: Words
     pas: Words
-    levels: Words
+    shifts: Words
     pages: Words
     rights: Words
     entries: Words
@@ -205,11 +307,49 @@ class Listing:
 
 
 def mappings_array(cpu: Cpu, image: Words, room: int) -> tuple[Words, Words, Words]:
-    """Every page mapped from CR3 down in an image without gaps: addresses, levels and entries.
+    """Every page that 4 or 5 levels of tables map in an image without gaps: addresses, levels and
+    entries.
 
     At most `room` of them, in the order of addresses.
     """
-    listing = Listing(whole(image), four_or_five_levels(cpu), most_runs=room)
-    found = [(b.addresses, b.levels, b.entries) for b in listing.batches()]
-    addresses, levels, entries = (np.concatenate(column) for column in zip(*found, strict=True))
-    return addresses, levels, entries
+    listing = Listing(whole(image), form_of(cpu), most_runs=room)
+    found = [(b.addresses, b.shifts, b.entries) for b in listing.batches()]
+    addresses, shifts, entries = (np.concatenate(column) for column in zip(*found, strict=True))
+    return addresses, (shifts - np.uint64(12)) // np.uint64(9) + np.uint64(1), entries
+
+
+class Parts(NamedTuple):
+    """Runs led on through a second stage: how many bytes it did not map so far; and by column
+    linear and physical address, size of a page, number of pages, the numbers of the run and of the
+    second stage's run.
+    """
+
+    unmapped: int
+    addresses: Words
+    pas: Words
+    shifts: Words
+    pages: Words
+    run: Words
+    stage: Words
+
+
+def composed(runs: Sequence[Words], stage: Sequence[Words], room: int = ROOM) -> Iterator[Parts]:
+    """Runs of linear addresses led on through runs of guest-physical ones, a batch at a time.
+
+    Of both the first four columns count: addresses, where they lead, page sizes, pages.
+    """
+    from vapama.impl.kernels.compiled import compiled
+
+    state = np.zeros(4, dtype=np.uint64)
+    found = [np.zeros(room, dtype=np.uint64) for _ in Parts._fields[1:]]
+    counts = [np.uint64(len(rows[0])) for rows in (runs, stage)]
+    ended = kernel.FULL
+    while ended != kernel.DONE:
+        state[2] = 0
+        ended = int(
+            compiled(kernel.compose)(
+                *runs[:4], counts[0], *stage[:4], counts[1], state, np.uint64(room), *found
+            )
+        )
+        count = int(state[2])
+        yield Parts(int(state[3]), *(column[:count].copy() for column in found))

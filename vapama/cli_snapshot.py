@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +16,12 @@ from vapama.case import BadInput
 from vapama.explain import describe_cpu, describe_outcome, explain_access
 from vapama.impl.listing import Listing, Runs
 from vapama.snapshot import answers
+from vapama.snapshot.answers import Guest, Rows
 from vapama.snapshot.images import Absent, Image, open_image
-from vapama.spec.access import Access
+from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
+from vapama.spec.outcomes import Outcome
+from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.words import WORD
 from vapama.verdict import EXIT_HELD, EXIT_UNDECIDED
 from vapama.wire import outcome_to_json, state_to_json
@@ -67,13 +70,44 @@ Pkrs = Annotated[int | None, _register("pkrs", "IA32_PKRS.")]
 MaxPhyAddr = Annotated[
     int | None, _register("maxphyaddr", "Bits of a physical address, 32 to 52 (52).")
 ]
+Eptp = Annotated[int | None, _register("eptp", "EPTP: the image is a host's, the guest has EPT.")]
+Ncr3 = Annotated[int | None, _register("ncr3", "nCR3: the guest has nested page tables.")]
+HostCr4 = Annotated[int | None, _register("host-cr4", "With --ncr3, the host's CR4 (PAE).")]
+HostEfer = Annotated[int | None, _register("host-efer", "With --ncr3, the host's EFER.")]
+Mbec = Annotated[
+    bool, typer.Option("--mbec", help="With --eptp, mode-based execute control is on.")
+]
+Gpa = Annotated[
+    bool, typer.Option("--gpa", help="The second stage alone: addresses are guest-physical.")
+]
 Processor = Annotated[
     int, typer.Option(min=0, help="Whose registers of an ELF core to take, counted from 0.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def _opened(image: str, form: str, processor: int, **given: int | None) -> tuple[Image, Cpu]:
+@dataclass
+class Asked:
+    """What a command is about: an image, the state to walk in, and a second stage if there is one.
+
+    Without `cpu` it is about the second stage alone.
+    """
+
+    image: Image
+    cpu: Cpu | None
+    stage: Stage | None
+
+    @property
+    def first(self) -> Cpu | Stage:
+        """The state of the stage that addresses belong to."""
+        state = self.cpu if self.cpu is not None else self.stage
+        assert state is not None
+        return state
+
+
+def _asked(
+    image: str, form: str, processor: int, mbec: bool, gpa: bool, **given: int | None
+) -> Asked:
     if form and form not in FORMS:
         raise BadInput(f"--format {form}: give one of {', '.join(FORMS)}")
     path = Path(image)
@@ -83,7 +117,11 @@ def _opened(image: str, form: str, processor: int, **given: int | None) -> tuple
         path = SHIPPED
     memory = open_image(path, form)
     known = {name: value for name, value in given.items() if value is not None}
-    return memory, answers.control_state(memory, known, processor)
+    stage = answers.second_stage_state(known, known.get("maxphyaddr"), mbec)
+    if gpa and stage is None:
+        raise BadInput("--gpa is about a second stage: give --eptp or --ncr3")
+    cpu = None if gpa else answers.control_state(memory, known, processor)
+    return Asked(memory, cpu, stage)
 
 
 @app.command()
@@ -100,6 +138,12 @@ def translate(
     pkru: Pkru = None,
     pkrs: Pkrs = None,
     maxphyaddr: MaxPhyAddr = None,
+    eptp: Eptp = None,
+    ncr3: Ncr3 = None,
+    host_cr4: HostCr4 = None,
+    host_efer: HostEfer = None,
+    mbec: Mbec = False,
+    gpa: Gpa = False,
     processor: Processor = 0,
     form: Form = "",
     write: Annotated[bool, typer.Option("--write", help="Writes instead of reads.")] = False,
@@ -111,38 +155,49 @@ def translate(
     """Say where linear addresses lead, by the reference walk."""
     if write and fetch:
         raise BadInput("give --write or --fetch, not both")
-    memory, cpu = _opened(
-        image, form, processor, cr3=cr3, cr0=cr0, cr4=cr4, efer=efer, rflags=rflags, pkru=pkru,
-        pkrs=pkrs, maxphyaddr=maxphyaddr,
+    about = _asked(
+        image, form, processor, mbec, gpa, cr3=cr3, cr0=cr0, cr4=cr4, efer=efer, rflags=rflags,
+        pkru=pkru, pkrs=pkrs, maxphyaddr=maxphyaddr, eptp=eptp, ncr3=ncr3, host_cr4=host_cr4,
+        host_efer=host_efer,
     )  # fmt: skip
-    kind = Access(0, write=int(write), fetch=int(fetch), user=int(user))
-    asked = (kind._replace(address=address) for address in _addresses(addresses))
+    kind = {"write": int(write), "fetch": int(fetch), "user": int(user)}
     with written():
         if json:
-            _translations_as_json(memory, cpu, asked)
+            rows = (
+                {"access": state_to_json(access), **outcome_to_json(outcome)}
+                for access, outcome in _outcomes(about, _addresses(addresses), kind)
+            )
+            _print_json(_opening("vapama-translations", about), "translations", rows, dict)
+        elif walk:
+            _print_walks(about, _addresses(addresses), kind)
         else:
-            _translations(memory, cpu, asked, walk)
+            for access, outcome in _outcomes(about, _addresses(addresses), kind):
+                text = describe_outcome(outcome).partition(";")[0]
+                print(f"{access.address:#018x}  {text}")
 
 
-def _translations(memory: Image, cpu: Cpu, asked: Iterator[Access], walk: bool) -> None:
-    for access in asked:
-        if not walk:
-            outcome = describe_outcome(answers.translate(cpu, memory, access))
-            print(f"{access.address:#018x}  {outcome.partition(';')[0]}")
-            continue
+def _outcomes(
+    about: Asked, addresses: Iterator[int], kind: dict[str, int]
+) -> Iterator[tuple[Access | GuestPhysicalAccess, Outcome]]:
+    for address in addresses:
+        if about.cpu is None:
+            assert about.stage is not None
+            physical = GuestPhysicalAccess(address, **kind, linear=0)
+            yield physical, answers.second_stage_translate(about.stage, about.image, physical)
+        else:
+            access = Access(address, **kind)
+            yield access, answers.translate(about.cpu, about.image, access)
+
+
+def _print_walks(about: Asked, addresses: Iterator[int], kind: dict[str, int]) -> None:
+    if about.cpu is None or about.stage is not None:
+        raise BadInput("--walk shows walks of one stage: leave out --eptp and --ncr3")
+    for address in addresses:
         try:
-            for line in explain_access(cpu, memory, access):
+            for line in explain_access(about.cpu, about.image, Access(address, **kind)):
                 print(line)
         except Absent as absent:
             print(f"outcome  the walk needs the entry at {absent}, outside memory")
-
-
-def _translations_as_json(memory: Image, cpu: Cpu, asked: Iterator[Access]) -> None:
-    rows = (
-        {"access": state_to_json(a), **outcome_to_json(answers.translate(cpu, memory, a))}
-        for a in asked
-    )
-    _print_json(_opening("vapama-translations", memory, cpu), "translations", rows, dict)
 
 
 def _addresses(texts: list[str]) -> Iterator[int]:
@@ -164,6 +219,12 @@ def maps(
     pkru: Pkru = None,
     pkrs: Pkrs = None,
     maxphyaddr: MaxPhyAddr = None,
+    eptp: Eptp = None,
+    ncr3: Ncr3 = None,
+    host_cr4: HostCr4 = None,
+    host_efer: HostEfer = None,
+    mbec: Mbec = False,
+    gpa: Gpa = False,
     processor: Processor = 0,
     form: Form = "",
     merge: Annotated[
@@ -176,29 +237,104 @@ def maps(
     json: Json = False,
 ) -> None:
     """List all that the page tables map, with the rights that the walk leaves."""
-    memory, cpu = _opened(
-        image, form, processor, cr3=cr3, cr0=cr0, cr4=cr4, efer=efer, rflags=rflags, pkru=pkru,
-        pkrs=pkrs, maxphyaddr=maxphyaddr,
+    about = _asked(
+        image, form, processor, mbec, gpa, cr3=cr3, cr0=cr0, cr4=cr4, efer=efer, rflags=rflags,
+        pkru=pkru, pkrs=pkrs, maxphyaddr=maxphyaddr, eptp=eptp, ncr3=ncr3, host_cr4=host_cr4,
+        host_efer=host_efer,
     )  # fmt: skip
-    listing = answers.mappings(cpu, memory, merge, most_runs, most_reads)
+    lists = Maps(about, merge, most_runs, most_reads)
     with written():
         if json:
-            rows = (row for batch in _batches(listing) for row in answers.as_rows(batch))
-            summary = partial(_summary, memory, cpu, listing)
-            _print_json(_opening("vapama-maps", memory, cpu), "mappings", rows, summary)
+            rows = (o for rows in lists.rows() for o in answers.as_objects(rows))
+            _print_json(_opening("vapama-maps", about), "mappings", rows, lists.summary)
         else:
-            print(f"{memory.name}: {describe_cpu(cpu)}, CR3 {cpu.cr3:#x}")
-            for batch in _batches(listing):
-                for line in answers.as_lines(cpu, batch, merge):
+            print(f"{about.image.name}: {_described(about)}")
+            for batch in lists.rows():
+                for line in answers.as_lines(about.first, batch, merge):
                     print(line)
-            _print_summary(_summary(memory, cpu, listing), listing.listed)
-    if listing.stopped:
-        limit = most_runs if listing.stopped == "runs" else most_reads
+            _print_summary(lists.summary(), lists.lines)
+    if lists.stopped:
+        limit = most_runs if lists.stopped == "runs" else most_reads
         notes.print(
-            f"vapama: stopped at --most-{listing.stopped} {limit:,}: the list is not whole",
+            f"vapama: stopped at --most-{lists.stopped} {limit:,}: the list is not whole",
             soft_wrap=True,
         )
-    raise typer.Exit(EXIT_UNDECIDED if listing.stopped else EXIT_HELD)
+    raise typer.Exit(EXIT_UNDECIDED if lists.stopped else EXIT_HELD)
+
+
+class Maps:
+    """All that is mapped, as `rows`; `lines` is how many of them there were so far."""
+
+    def __init__(self, about: Asked, merge: bool, most_runs: int, most_reads: int) -> None:
+        self.about, self.merge = about, merge
+        self.most_runs, self.most_reads = most_runs, most_reads
+        self.guest: Guest | None = None
+        if about.stage is not None and about.cpu is not None:
+            self.guest = answers.guest_memory(about.stage, about.image, most_runs, most_reads)
+        self.listing = self._listing(merge, most_runs)
+        self.lines = 0
+
+    def _listing(self, merge: bool, most_runs: int) -> Listing:
+        pieces = self.about.image.pieces if self.guest is None else self.guest.pieces
+        name = self.about.image.name
+        return answers.listing_of(self.about.first, pieces, name, merge, most_runs, self.most_reads)
+
+    @property
+    def stopped(self) -> str:
+        """The limit that was met, if one was."""
+        return self.listing.stopped
+
+    def rows(self) -> Iterator[Rows]:
+        """The rows, a batch at a time, as far as the limits go."""
+        with progress() as show:
+            for batch in self.listing.batches():
+                show(f"{self.listing.pages:,} pages, {self.listing.reads:,} entries read")
+                for rows in self._led_on(batch):
+                    left = self.most_runs - self.lines
+                    if len(rows.pages) > left:
+                        self.listing.stopped = "runs"
+                        rows = Rows(*(column[:left] for column in rows))  # noqa: PLW2901
+                    self.lines += len(rows.pages)
+                    yield rows
+                    if self.stopped and self.lines == self.most_runs:
+                        return
+
+    def _led_on(self, batch: Runs) -> Iterator[Rows]:
+        if self.guest is None or self.about.cpu is None:
+            yield answers.as_rows(self.about.first, batch)
+        else:
+            yield from self.guest.through(self.about.cpu, batch, self.merge)
+
+    def summary(self) -> dict[str, Any]:
+        """What is to be said in the end."""
+        listing = self.listing
+        total: int | None = listing.pages
+        if self.stopped:
+            with progress() as show:
+                show("counting all pages")
+                *_, total = self._listing(False, WORD).counted()
+        unmapped = {} if self.guest is None else {"bytes_without_memory": self.guest.unmapped}
+        return {
+            "complete": not self.stopped,
+            "stopped": f"most-{self.stopped}" if self.stopped else "",
+            "pages": listing.pages,
+            "pages_in_all": total,
+            "entries_read": listing.reads,
+            "malformed_entries": listing.malformed,
+            "absent_tables": listing.missing,
+            **unmapped,
+        }
+
+
+def _described(about: Asked) -> str:
+    said = []
+    if about.cpu is not None:
+        said.append(f"{describe_cpu(about.cpu)}, CR3 {about.cpu.cr3:#x}")
+    if isinstance(about.stage, Ept):
+        said.append(f"{about.stage.levels}-level EPT, EPTP {about.stage.eptp:#x}")
+    elif about.stage is not None:
+        said.append(f"nested paging of {about.stage.levels} levels, nCR3 {about.stage.ncr3:#x}")
+    return "; ".join(said)
 
 
 @contextmanager
@@ -223,37 +359,14 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def _batches(listing: Listing) -> Iterator[Runs]:
-    with progress() as show:
-        for batch in listing.batches():
-            show(f"{listing.pages:,} pages, {listing.reads:,} entries read")
-            yield batch
-
-
-def _summary(memory: Image, cpu: Cpu, listing: Listing) -> dict[str, Any]:
-    stopped = listing.stopped
-    return {
-        "complete": not stopped,
-        "stopped": f"most-{stopped}" if stopped else "",
-        "pages": listing.pages,
-        "pages_in_all": _in_all(memory, cpu, listing) if stopped else listing.pages,
-        "entries_read": listing.reads,
-        "malformed_entries": listing.malformed,
-        "absent_tables": listing.missing,
+def _opening(form: str, about: Asked) -> dict[str, Any]:
+    states = {
+        "control": about.cpu,
+        "ept": about.stage if isinstance(about.stage, Ept) else None,
+        "npt": about.stage if isinstance(about.stage, Npt) else None,
     }
-
-
-def _in_all(memory: Image, cpu: Cpu, listing: Listing) -> int | None:
-    """How many pages there are where not all were listed; None if that takes too long to tell."""
-    with progress() as show:
-        show("counting all pages")
-        counting = answers.mappings(cpu, memory, False, WORD, listing.most_reads)
-        *_, total = counting.counted()
-    return total
-
-
-def _opening(form: str, memory: Image, cpu: Cpu) -> dict[str, Any]:
-    return {"format": form, "version": 1, "image": memory.name, "control": state_to_json(cpu)}
+    shown = {name: state_to_json(state) for name, state in states.items() if state is not None}
+    return {"format": form, "version": 1, "image": about.image.name, **shown}
 
 
 def _print_summary(summary: dict[str, Any], runs: int) -> None:
@@ -262,8 +375,8 @@ def _print_summary(summary: dict[str, Any], runs: int) -> None:
     )
     of = "" if summary["complete"] else f" of {total}"
     text = f"{summary['pages']:,}{of} pages in {runs:,} lines"
-    for what in ("malformed_entries", "absent_tables"):
-        if summary[what]:
+    for what in ("malformed_entries", "absent_tables", "bytes_without_memory"):
+        if summary.get(what):
             text += f"; {summary[what]:,} {what.replace('_', ' ')}"
     print(text)
 

@@ -103,14 +103,15 @@ def list_pages(
     reads: Word,
     found_address: Store,
     found_pa: Store,
-    found_level: Store,
+    found_shift: Store,
     found_pages: Store,
     found_rights: Store,
     found_entry: Store,
 ) -> Word:
     """Go on from `state` listing pages, in the order of linear addresses, as *runs* into the last
-    six rows: address, physical address, level, number of pages, rights that the walk leaves, and
-    the entry that maps the first page. Malformed entries map nothing, nor do absent tables.
+    six rows: address, physical address, size of a page (as a power of two), number of pages, rights
+    that the walk leaves, and the entry that maps the first page. Malformed entries map nothing, nor
+    do absent tables.
 
     A run has one page if `same` is 0. Otherwise neighbours with equal rights, and equal bits `same`
     of their entries, are one run. With `counting` set nothing is listed, `state[BELOW + top]` comes
@@ -159,7 +160,7 @@ def list_pages(
                     if (
                         same != 0
                         and n > 0
-                        and found_level[n - 1] == level
+                        and found_shift[n - 1] == shift
                         and found_rights[n - 1] == allowed
                         and (found_entry[n - 1] ^ entry) & same == 0
                         and found_address[n - 1] + (found_pages[n - 1] << shift) == address
@@ -171,12 +172,8 @@ def list_pages(
                         state[LEVEL], state[NEXT + level] = level, i - 1
                         return FULL
                     else:
-                        found_address[n], found_pa[n], found_level[n], found_pages[n] = (
-                            address,
-                            pa,
-                            level,
-                            1,
-                        )
+                        found_address[n], found_pa[n] = address, pa
+                        found_shift[n], found_pages[n] = shift, 1
                         found_rights[n], found_entry[n] = allowed, entry
                         state[FOUND] = n + 1
                 state[BELOW + level] = state[BELOW + level] + 1
@@ -234,3 +231,78 @@ def misconfigured(entry: Word, page: Word, rules: Word) -> Word:
     if page:
         bad = bad | BAD_TYPES >> (entry >> 3 & 7)
     return bad & 1
+
+
+def compose(
+    addresses: Words,
+    gpas: Words,
+    shifts: Words,
+    pages: Words,
+    runs: Word,
+    stage_gpas: Words,
+    stage_pas: Words,
+    stage_shifts: Words,
+    stage_pages: Words,
+    stage_runs: Word,
+    state: Store,
+    room: Word,
+    found_address: Store,
+    found_pa: Store,
+    found_shift: Store,
+    found_pages: Store,
+    found_run: Store,
+    found_stage: Store,
+) -> Word:
+    """Go on from `state` putting two stages together: runs of linear addresses, in any order of
+    guest-physical addresses, and the second stage's runs, in theirs. Each part of a run that is of
+    one run of the second stage goes to the last six rows: linear and physical address, the smaller
+    page size of the two, number of pages of that size, and the numbers of both runs.
+
+    `state` holds the run to go on with, how much of it is done, how many parts were found, and how
+    many bytes the second stage does not map. Returns DONE, or FULL if there is no more `room`.
+    """
+    while state[0] < runs:
+        k, done = state[0], state[1]
+        size = pages[k] << shifts[k]
+        gpa = gpas[k] + done
+
+        # THE LAST RUN OF THE SECOND STAGE THAT BEGINS HERE OR BEFORE
+        low, high = 0, stage_runs
+        while low < high:
+            middle = (low + high) >> 1
+            if stage_gpas[middle] <= gpa:
+                low = middle + 1
+            else:
+                high = middle
+
+        # WHAT THE TWO HAVE IN COMMON
+        left = size - done
+        part = left
+        covered = 0
+        if low > 0:
+            j = low - 1
+            end = stage_gpas[j] + (stage_pages[j] << stage_shifts[j])
+            if gpa < end:
+                covered = 1
+                if end - gpa < left:
+                    part = end - gpa
+        if not covered and low < stage_runs and stage_gpas[low] - gpa < left:
+            part = stage_gpas[low] - gpa
+        if covered:
+            n = state[2]
+            if n == room:
+                return FULL
+            shift = shifts[k]
+            shift = min(shift, stage_shifts[j])
+            found_address[n] = addresses[k] + done
+            found_pa[n] = stage_pas[j] + (gpa - stage_gpas[j])
+            found_shift[n], found_pages[n] = shift, part >> shift
+            found_run[n], found_stage[n] = k, j
+            state[2] = n + 1
+        else:
+            state[3] = state[3] + part
+        if part == left:
+            state[0], state[1] = k + 1, 0
+        else:
+            state[1] = done + part
+    return DONE

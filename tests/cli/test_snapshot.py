@@ -157,6 +157,7 @@ def test_maps_as_json_say_all_that_there_is(vapama: Vapama, folder: Path) -> Non
         "physical": "0x6000",
         "page_bytes": 4096,
         "pages": 1,
+        "read": True,
         "write": False,
         "user": True,
         "execute": False,
@@ -229,6 +230,118 @@ def test_registers_on_the_command_line_go_before_those_of_the_image(
     assert "#PF" in vapama("snapshot", "translate", "core", "0x123").out
     for options in (("--cr3", "0x1000"), ("--processor", "1")):
         assert "to 0x5123" in vapama("snapshot", "translate", "core", "0x123", *options).out
+
+
+# OTHER MODES, AND SECOND STAGES
+
+HOST = 0x10_0000
+"""Where in the host's memory the guest's is; its second stage's tables are before it."""
+
+
+def host(second_stage: dict[int, int]) -> bytes:
+    """A host that holds the small memory, from which another page of 4 KBytes is left out."""
+    return pages(second_stage, HOST >> 12) + SMALL
+
+
+EPT_TABLES = {0x1000: 0x2007, 0x2000: 0x3007, 0x3000: 0x4007} | {
+    0x4000 + 8 * page: HOST + (page << 12) | 0x37 for page in range(7)
+}
+NPT_TABLES = {a: e & ~0x30 for a, e in EPT_TABLES.items()}
+LED_ON = [
+    "0x0000000000000000-0x0000000000000fff  1 x 4 KBytes   0x0000000105000  rwx user       A",
+    "0x0000000000001000-0x0000000000001fff  1 x 4 KBytes   0x0000000106000  r-- user",
+    "5 pages in 2 lines; 1 malformed entries; 1 absent tables; 2,105,344 bytes without memory",
+]
+
+
+@pytest.mark.parametrize(
+    ("tables", "options"),
+    [
+        (EPT_TABLES, ("--eptp", "0x101e")),
+        (EPT_TABLES, ("--eptp", "0x105e")),
+        (NPT_TABLES, ("--ncr3", "0x1000")),
+    ],
+    ids=["EPT", "EPT with accessed and dirty flags", "nested paging"],
+)
+def test_what_a_guest_maps_is_led_on_through_its_second_stage(
+    vapama: Vapama, folder: Path, tables: dict[int, int], options: tuple[str, ...]
+) -> None:
+    (folder / "host").write_bytes(host(tables))
+    result = vapama("snapshot", "maps", "host", "--cr3", "0x1000", *options)
+    assert (result.status, result.err) == (0, "")
+    assert result.out.splitlines()[1:] == LED_ON
+
+
+def test_a_second_stage_takes_rights_away_and_splits_pages(vapama: Vapama, folder: Path) -> None:
+    """The guest's 2-MByte page goes to two places: 4 KBytes to read, and the rest nowhere."""
+    tables = {**EPT_TABLES, 0x4000 + 8 * 5: HOST + 0x5000 | 0x35, 0x3010: 0x5007, 0x5000: 0x9031}
+    (folder / "host").write_bytes(host(tables))
+    result = vapama("snapshot", "maps", "host", "--cr3", "0x1000", "--eptp", "0x101e")
+    shown = [line.split() for line in result.out.splitlines()[1:-1]]
+    assert [(words[0].split("-")[0], *words[4:6]) for words in shown] == [
+        ("0x0000000000000000", "0x0000000105000", "r-x"),
+        ("0x0000000000001000", "0x0000000106000", "r--"),
+        ("0x0000000000200000", "0x0000000009000", "r--"),
+    ]
+
+
+def test_tables_that_the_second_stage_forbids_are_absent(vapama: Vapama, folder: Path) -> None:
+    tables = {**EPT_TABLES, 0x4000 + 8 * 3: HOST + 0x3000 | 0x34}
+    (folder / "host").write_bytes(host(tables))
+    result = vapama("snapshot", "maps", "host", "--cr3", "0x1000", "--eptp", "0x101e")
+    assert result.out.splitlines()[-1] == "0 pages in 0 lines; 1 malformed entries; 2 absent tables"
+
+
+def test_a_second_stage_is_listed_by_itself(vapama: Vapama, folder: Path) -> None:
+    (folder / "host").write_bytes(host(EPT_TABLES))
+    result = vapama("snapshot", "maps", "host", "--eptp", "0x101e", "--gpa", "--merge")
+    assert result.out.splitlines() == [
+        "host: 4-level EPT, EPTP 0x101e",
+        "0x0000000000000000-0x0000000000006fff  7 x 4 KBytes   0x0000000100000  rwx WB PAT",
+        "7 pages in 1 lines",
+    ]
+    options = ("--eptp", "0x101e", "--gpa", "--write")
+    asked = vapama("snapshot", "translate", "host", "0x1234", "0x9000", *options)
+    first, second = asked.out.splitlines()
+    assert first == "0x0000000000001234  translated to 0x101234, a page of 4 KBytes"
+    assert second.startswith("0x0000000000009000  EPT violation at 0x9000")
+
+
+def test_a_second_stage_too_large_to_list_is_told(vapama: Vapama, folder: Path) -> None:
+    (folder / "cycle").write_bytes(pages({0x1000 + 8 * k: 0x1007 for k in range(512)}, 2))
+    options = ("--cr3", "0x1000", "--eptp", "0x101e", "--most-runs", "1000")
+    result = vapama("snapshot", "maps", "cycle", *options)
+    require_one_line(result, "the second stage maps more than --most-runs allows")
+
+
+@pytest.mark.parametrize(
+    ("entries", "options", "line"),
+    [
+        (
+            {0x1000: 0x2007, 0x1004: 0x40_0087, 0x2000: 0x3027},
+            ("--cr4", "0x10", "--efer", "0"),
+            "0x0000000000400000-0x00000000007fffff  1 x 4 MBytes   0x0000000400000  rwx user",
+        ),
+        (
+            {0x1020: 0x2001, 0x2000: 0x20_0087 | XD},
+            ("--cr4", "0x20", "--efer", "0x800"),
+            "0x0000000000000000-0x00000000001fffff  1 x 2 MBytes   0x0000000200000  rw- user",
+        ),
+    ],
+    ids=["32-bit", "PAE"],
+)
+def test_a_guest_in_another_mode_is_listed(
+    vapama: Vapama, folder: Path, entries: dict[int, int], options: tuple[str, ...], line: str
+) -> None:
+    image = bytearray(0x3000)
+    for address, entry in entries.items():
+        size = 4 if "0x10" in options else 8
+        image[address : address + size] = entry.to_bytes(size, "little")
+    (folder / "image").write_bytes(image)
+    cr3 = "0x1000" if "0x10" in options else "0x1020"
+    result = vapama("snapshot", "maps", "image", "--cr3", cr3, *options)
+    assert result.status == 0, result.err
+    assert line in result.out.splitlines()
 
 
 # LARGE AND HOSTILE
@@ -414,6 +527,11 @@ def test_an_image_that_cannot_be_read_is_refused(
         (("maps", "image", "--cr3", "0x1000", "--efer", "0x400"), "EFER.LMA is EFER.LME"),
         (("maps", "image", "--cr3", "0x1000", "--format", "zip"), "give one of raw, elf, npz"),
         (("maps", "image", "--cr3", "0x1000", "--processor", "1"), "has registers of 0"),
+        (("maps", "image", "--cr3", "0x1000", "--cr0", "1", "--efer", "0"), "paging is off"),
+        (("maps", "image", "--eptp", "0x101e", "--ncr3", "0x1000"), "--eptp or --ncr3, not both"),
+        (("maps", "image", "--cr3", "0x1000", "--gpa"), "give --eptp or --ncr3"),
+        (("maps", "image", "--cr3", "0", "--eptp", "0x1000"), "the second stage: EPTP bits 5:3"),
+        (("maps", "image", "--cr3", "0", "--eptp", "0x90001e"), "check --eptp"),
         (("translate", "image", "x", "--cr3", "0x1000"), "x: not a 64-bit number"),
         (("translate", "image", "0", "--cr3", "0x1000", "--write", "--fetch"), "not both"),
         (("maps", "image", "--cr3", "0x1000", "--format", "elf"), "an ELF file of another kind"),

@@ -17,7 +17,7 @@ from vapama.bugs.mistakes import MISTAKES
 from vapama.impl.kernels import compiled as compiling
 from vapama.impl.kernels import long_mode, mappings
 from vapama.impl.kernels.compiled import compiled
-from vapama.impl.listing import Listing, Pieces, at_each_position, four_or_five_levels
+from vapama.impl.listing import Listing, Pieces, at_each_position, form_of
 from vapama.impl.optimized import access_word
 from vapama.spec.access import Access
 from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, Cpu
@@ -266,7 +266,7 @@ def test_a_compiled_enumeration_does_not_depend_on_what_is_around_its_image(
     for poison in POISONS:
         view = guarded(content, poison)
         pieces = Pieces(at_each_position(view.data, view.nbytes), *edges)
-        listing = Listing(pieces, four_or_five_levels(cpu), most_runs=64)
+        listing = Listing(pieces, form_of(cpu), most_runs=64)
         results.add(str([[c.tolist() for c in runs] for runs in listing.batches(room=65)]))
     assert len(results) == 1
 

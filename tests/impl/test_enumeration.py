@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import numpy.typing
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -17,17 +17,20 @@ from vapama.impl.listing import (
     Listing,
     Pieces,
     at_each_position,
-    four_or_five_levels,
+    composed,
+    form_of,
     mappings_array,
     whole,
 )
-from vapama.spec.access import Access
-from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, Cpu
+from vapama.spec import ept, npt, second_stage
+from vapama.spec.access import Access, GuestPhysicalAccess
+from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, PSE, Cpu
 from vapama.spec.memory import Image
-from vapama.spec.outcomes import RSVD, PageFault
-from vapama.spec.paging import FRAME, Mapping, mappings, page_offset, path, translate
+from vapama.spec.outcomes import RSVD, EptMisconfiguration, NestedPageFault, PageFault
+from vapama.spec.paging import FRAME, Mapping, mappings, path, translate
+from vapama.spec.stage import EPT_CAPABILITIES, EXECUTE_ONLY, PAGE_1GB, Ept, Npt
 
-Words = npt.NDArray[np.uint64]
+Words = numpy.typing.NDArray[np.uint64]
 PAGES, UNTOUCHED, WORD = 4, 0xDEAD, (1 << 64) - 1
 XD = 1 << 63
 
@@ -111,10 +114,10 @@ def rights(state: Cpu, image: Words, address: int) -> int:
 def test_a_page_has_its_address_and_the_rights_that_the_walk_leaves(
     state: Cpu, image: Words
 ) -> None:
-    listing = Listing(whole(image), four_or_five_levels(state), most_runs=50)
-    for address, pa, level, pages, allowed, entry in runs_of(listing):
+    listing = Listing(whole(image), form_of(state), most_runs=50)
+    for address, pa, shift, pages, allowed, entry in runs_of(listing):
         assert pages == 1
-        assert pa == entry & FRAME & ~page_offset(level)
+        assert pa == entry & FRAME & ~((1 << shift) - 1)
         assert allowed == rights(state, image, address)
 
 
@@ -126,8 +129,8 @@ def test_batches_of_any_size_make_the_same_list(
     state: Cpu, image: Words, room: int, reads: int
 ) -> None:
     for same in (0, FRAME ^ WORD):
-        one = runs_of(Listing(whole(image), four_or_five_levels(state), same))
-        other = Listing(whole(image), four_or_five_levels(state), same)
+        one = runs_of(Listing(whole(image), form_of(state), same))
+        other = Listing(whole(image), form_of(state), same)
         assert runs_of(other, room=room, reads=reads) == one
         assert other.stopped == ""
 
@@ -135,14 +138,16 @@ def test_batches_of_any_size_make_the_same_list(
 @given(state=states, image=images, most=st.integers(0, 5))
 def test_the_list_ends_at_its_limit_and_says_so(state: Cpu, image: Words, most: int) -> None:
     every = expected(state, image, most + 1)
-    listing = Listing(whole(image), four_or_five_levels(state), most_runs=most)
-    assert [(a, level, e) for a, _, level, _, _, e in runs_of(listing)] == every[:most]
+    listing = Listing(whole(image), form_of(state), most_runs=most)
+    assert [(a, (shift - 12) // 9 + 1, e) for a, _, shift, _, _, e in runs_of(listing)] == every[
+        :most
+    ]
     assert listing.stopped == ("runs" if len(every) > most else "")
 
 
 def test_the_kernel_writes_no_further_than_its_room() -> None:
     image = np.full(512, 1, dtype=np.uint64)
-    listing = Listing(whole(image), four_or_five_levels(cpu()))
+    listing = Listing(whole(image), form_of(cpu()))
     found = [np.full(4, UNTOUCHED, dtype=np.uint64) for _ in range(6)]
     assert listing._go_on(listings.Runs(*found), 3, 1 << 20) == kernel.FULL
     assert [column[3] for column in found] == [UNTOUCHED] * 6
@@ -152,9 +157,8 @@ def test_the_kernel_writes_no_further_than_its_room() -> None:
 
 
 def ends(runs: list[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
-    for address, pa, level, pages, _, _ in runs:
-        size = pages * (page_offset(level) + 1)
-        yield address + size, pa + size
+    for address, pa, shift, pages, _, _ in runs:
+        yield address + (pages << shift), pa + (pages << shift)
 
 
 @given(state=states, image=images)
@@ -162,11 +166,11 @@ def test_merged_runs_are_the_same_pages_and_cannot_be_merged_further(
     state: Cpu, image: Words
 ) -> None:
     same = WORD ^ FRAME
-    single = runs_of(Listing(whole(image), four_or_five_levels(state), 0))
-    merged = runs_of(Listing(whole(image), four_or_five_levels(state), same))
+    single = runs_of(Listing(whole(image), form_of(state), 0))
+    merged = runs_of(Listing(whole(image), form_of(state), same))
     again = [
-        (a + k * (page_offset(level) + 1), pa + k * (page_offset(level) + 1), level, 1, r)
-        for a, pa, level, pages, r, _ in merged
+        (a + (k << shift), pa + (k << shift), shift, 1, r)
+        for a, pa, shift, pages, r, _ in merged
         for k in range(pages)
     ]
     assert again == [run[:5] for run in single]
@@ -207,7 +211,7 @@ def test_neighbours_that_lead_to_neighbours_alike_are_one_run(
 ) -> None:
     from vapama.snapshot.answers import DISTINGUISHED
 
-    form = four_or_five_levels(cpu())
+    form = form_of(cpu())
     runs = runs_of(Listing(whole(one_table(entries)), form, DISTINGUISHED))
     assert [run[3] for run in runs] == lengths
 
@@ -231,16 +235,124 @@ def test_pieces_anywhere_in_a_file_are_as_one_image_with_a_gap(
     # In one image, the missing page is as if it were beyond the end.
     moved = image.copy()
     frames = moved >> np.uint64(12) & np.uint64(0xFF_FFFF_FFFF)
-    leaves = frames == gap
+    leaves = (frames == gap) & (moved & np.uint64(0x80) == 0)
     outside = (moved & ~np.uint64(FRAME)) | np.uint64(1 << 39)
-    found = runs_of(Listing(pieces, four_or_five_levels(state), most_runs=100))
+    found = runs_of(Listing(pieces, form_of(state), most_runs=100))
     table_absent = np.where(leaves, outside, moved)
-    one = runs_of(Listing(whole(table_absent), four_or_five_levels(state), most_runs=100))
+    one = runs_of(Listing(whole(table_absent), form_of(state), most_runs=100))
     if state.cr3 >> 12 == gap:
         assert found == []
         return
     strip = [(a, level, e & ~FRAME) for a, _, level, _, _, e in found]
     assert strip == [(a, level, e & ~FRAME) for a, _, level, _, _, e in one]
+
+
+# OTHER MODES, AND SECOND STAGES
+
+
+def other_states() -> list[Any]:
+    """A control state of each kind that is not in `states`, and how to translate and list by it."""
+    guests = [
+        Cpu(PG | PE, 0x1000, 0, NXE, maxphyaddr=36),
+        Cpu(PG | PE, 0x1000, PSE, NXE, maxphyaddr=36),
+        Cpu(PG | PE, 0x1000, PSE, NXE, pse36=0, maxphyaddr=36),
+        Cpu(PG | PE, 0x1020, PAE, NXE, maxphyaddr=36),
+        Cpu(PG | PE, 0x1000, PAE, 0, maxphyaddr=36),
+    ]
+    stages = [
+        Ept(0x1000 | 0x1E, 40),
+        Ept(0x1000 | 0x66, 40, mbec=1),
+        Ept(0x1000 | 0x1E, 40, capabilities=EPT_CAPABILITIES & ~(EXECUTE_ONLY | PAGE_1GB)),
+        Npt(0x1000, maxphyaddr=40),
+        Npt(0x1000, PAE | LA57, page1gb=0),
+        Npt(0x1000, PAE, NXE, maxphyaddr=36),
+        Npt(0x1000, PSE, 0, maxphyaddr=36),
+    ]
+    return [*guests, *stages]
+
+
+def mapped(state: Any, image: Words) -> list[tuple[int, int]]:
+    """What the reference maps, as addresses and where they lead, less what is malformed."""
+    memory = Image(image.tolist())
+    found = []
+    if isinstance(state, Cpu):
+        for m in mappings(state, memory):
+            outcome: Any = translate(state, memory, Access(m.address))
+            if not (isinstance(outcome, PageFault) and outcome.error_code & RSVD):
+                found.append((m.address, m.pa))
+        return found
+    module: Any = ept if isinstance(state, Ept) else npt
+    for mapping in module.mappings(state, memory):
+        address = mapping.gpa if isinstance(state, Npt) else mapping.address
+        outcome = second_stage.translate(state, memory, GuestPhysicalAccess(address))
+        bad = isinstance(outcome, NestedPageFault) and outcome.exitinfo1 & RSVD
+        if not bad and not isinstance(outcome, EptMisconfiguration):
+            found.append((address, mapping.pa))
+    return found
+
+
+@pytest.mark.parametrize("state", other_states(), ids=str)
+def test_other_tables_are_listed_as_the_reference_does(state: Any) -> None:
+    seen, malformed = 0, 0
+    for seed in range(120):
+        image = sparse_tables(seed, PAGES * 512)
+        rng = np.random.default_rng(seed)
+        # Rights and types of EPT; the upper halves of 32-bit paging; large pages that are aligned.
+        entries = np.flatnonzero(image)
+        kinds = rng.integers(0, 8, len(entries))
+        image[entries] |= np.where(kinds & 1, np.uint64(0x7), np.uint64(0))
+        image[entries] &= ~np.where(kinds & 2, np.uint64(0x7F0 << 52 | 1 << 63), np.uint64(0))
+        image[entries] |= np.where(kinds == 4, image[entries] << np.uint64(32), np.uint64(0))
+        image[entries] &= np.where(kinds >= 5, ~np.uint64(0x78), ~np.uint64(0))
+        if form_of(state).words[kernel.COUNT + 3] == 4:
+            # PDPTEs of PAE: two registers' worth of them, one reserved bit among them.
+            image[512:520] = [0x2001, 0x3001, 0, 0x2007 if seed % 8 == 0 else 0x2001] * 2
+        listing = Listing(whole(image), form_of(state))
+        found = [(address, pa) for address, pa, *_ in runs_of(listing)]
+        assert found == mapped(state, image)
+        seen, malformed = seen + len(found), malformed + listing.malformed
+    assert seen > 5
+    nothing_is_reserved = state == other_states()[0]
+    assert malformed > 5 or nothing_is_reserved
+
+
+# TWO STAGES
+
+
+@given(
+    guest=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9), st.sampled_from([0, 2]))),
+    stage=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.sampled_from([0, 1]))),
+    room=st.integers(1, 4),
+)
+def test_two_stages_put_together_are_one_after_the_other(
+    guest: list[tuple[int, int, int]], stage: list[tuple[int, int, int]], room: int
+) -> None:
+    """By tiny pages: a page of size 0 is a byte, one of size 2 is four."""
+    runs = [(k << 8, gpa << shift, shift, pages) for k, (gpa, pages, shift) in enumerate(guest)]
+    second, at = [], 0
+    for k, (gap, pages, shift) in enumerate(stage):
+        at = -(-(at + gap) >> shift) << shift
+        second.append((at, (k + 1) << 12, shift, pages))
+        at += pages << shift
+    leads = {a + i: pa + i for a, pa, shift, pages in second for i in range(pages << shift)}
+    expected_bytes = {
+        a + i: leads[gpa + i]
+        for a, gpa, shift, pages in runs
+        for i in range(pages << shift)
+        if gpa + i in leads
+    }
+    columns = [np.array([r[c] for r in runs], dtype=np.uint64) for c in range(4)]
+    others = [np.array([r[c] for r in second], dtype=np.uint64) for c in range(4)]
+    found: dict[int, int] = {}
+    unmapped = 0
+    for parts in composed(columns, others, room):
+        unmapped = parts.unmapped
+        rows = zip(*(column.tolist() for column in parts[1:]), strict=True)
+        for address, pa, shift, pages, run, of in rows:
+            assert shift == min(runs[run][2], second[of][2])
+            found |= {address + i: pa + i for i in range(pages << shift)}
+    assert found == expected_bytes
+    assert unmapped == sum(pages << shift for *_, shift, pages in runs) - len(found)
 
 
 # HOSTILE TABLES
@@ -255,7 +367,7 @@ def test_a_table_full_of_itself_is_listed_as_far_as_there_is_room(la57: int) -> 
 @pytest.mark.parametrize(("la57", "levels"), [(0, 4), (LA57, 5)])
 def test_the_pages_of_a_table_full_of_itself_are_counted_at_once(la57: int, levels: int) -> None:
     image = np.full(512, 1, dtype=np.uint64)
-    listing = Listing(whole(image), four_or_five_levels(cpu(0, la57)))
+    listing = Listing(whole(image), form_of(cpu(0, la57)))
     assert list(listing.counted()) == [512**levels]
     assert listing.reads <= 512 * levels
 
@@ -265,24 +377,24 @@ def test_tables_that_fan_out_to_nothing_take_no_time() -> None:
     image = np.zeros(4 * 512, dtype=np.uint64)
     for page in range(3):
         image[page * 512 : page * 512 + 512] = (page + 1) << 12 | 7
-    listing = Listing(whole(image), four_or_five_levels(cpu()))
+    listing = Listing(whole(image), form_of(cpu()))
     assert runs_of(listing) == []
     assert listing.reads == 4 * 512
 
 
 def test_reading_ends_at_its_limit() -> None:
     image = np.full(512, 1, dtype=np.uint64)
-    listing = Listing(whole(image), four_or_five_levels(cpu()), most_reads=5 * 512)
+    listing = Listing(whole(image), form_of(cpu()), most_reads=5 * 512)
     assert len(runs_of(listing)) == 2 * 512
     assert listing.stopped == "reads"
     assert listing.reads == 5 * 512
-    counting = Listing(whole(image), four_or_five_levels(cpu()), most_reads=3 * 512)
+    counting = Listing(whole(image), form_of(cpu()), most_reads=3 * 512)
     assert list(counting.counted()) == [None]
 
 
 @given(state=states, image=images)
 def test_the_count_is_that_of_the_list(state: Cpu, image: Words) -> None:
-    form = four_or_five_levels(state)
+    form = form_of(state)
     assert [*Listing(whole(image), form).counted()] == [len(runs_of(Listing(whole(image), form)))]
 
 
@@ -327,7 +439,7 @@ SEEDED = """
 +                    pa = entry & FRAME
 
 @ pages-of-two-sizes-are-a-run
--                        and found_level[n - 1] == level
+-                        and found_shift[n - 1] == shift
 
 @ pages-of-other-rights-are-a-run
 -                        and found_rights[n - 1] == allowed
@@ -407,7 +519,7 @@ def outcome_of_all() -> list[Any]:
     some = [sparse_tables(seed, PAGES * 512 - seed % 2) for seed in range(30)]
     for seed, image in enumerate([telling(), levels_apart(), *some]):
         for la57 in (0, LA57) if seed > 1 else (0,):
-            form = four_or_five_levels(cpu((seed & 3) << 12 if seed > 1 else 0, la57))
+            form = form_of(cpu((seed & 3) << 12 if seed > 1 else 0, la57))
             for same in (0, 1 << 4, WORD ^ FRAME):
                 listing = Listing(whole(image), form, same, most_runs=400)
                 seen.append((runs_of(listing, room=7, reads=1024), listing.malformed))

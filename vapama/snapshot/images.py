@@ -78,6 +78,16 @@ class Image:
             raise Absent(address)
         return int(self.pieces.memory[self._places[k] + address - self._firsts[k]])
 
+    def positions(self, gpa: int, first: int, size: int) -> Iterator["Piece"]:
+        """The pieces of a guest's memory, from `gpa` on, that `size` bytes from `first` on are."""
+        k = max(bisect_right(self._firsts, first) - 1, 0)
+        while k < len(self._firsts) and self._firsts[k] < first + size:
+            start, end = max(first, self._firsts[k]), min(first + size, self._ends[k])
+            if start < end:
+                place = self._places[k] + start - self._firsts[k]
+                yield Piece(gpa + start - first, gpa + end - first, place)
+            k += 1
+
 
 def open_image(path: Path, form: str = "") -> Image:
     """The image in a file; without `form` (raw, elf, npz) its first bytes say what it is.
