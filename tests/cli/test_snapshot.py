@@ -278,7 +278,7 @@ def test_a_second_stage_takes_rights_away_and_splits_pages(vapama: Vapama, folde
     (folder / "host").write_bytes(host(tables))
     result = vapama("snapshot", "maps", "host", "--cr3", "0x1000", "--eptp", "0x101e")
     shown = [line.split() for line in result.out.splitlines()[1:-1]]
-    assert [(words[0].split("-")[0], *words[4:6]) for words in shown] == [
+    assert [(words[0].split("-")[0], *words[5:7]) for words in shown] == [
         ("0x0000000000000000", "0x0000000105000", "r-x"),
         ("0x0000000000001000", "0x0000000106000", "r--"),
         ("0x0000000000200000", "0x0000000009000", "r--"),

@@ -320,7 +320,7 @@ def test_each_option_that_the_pages_name_exists() -> None:
     for page in PROSE:
         text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`([^`]+)`", text):
-            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", span):
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", span):
                 assert option in known, f"{name_of(page)}: `{span}`"
 
 

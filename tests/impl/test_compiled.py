@@ -39,7 +39,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
 ARRAYS = {
     *("memory", "marks", "path", "addresses", "statuses", "values"),
     *("firsts", "ends", "places", "form", "state", "keys", "counts", "found_address"),
-    *("found_pa", "found_level", "found_pages", "found_rights", "found_entry"),
+    *("found_pa", "found_shift", "found_pages", "found_rights", "found_entry"),
+    *("gpas", "shifts", "pages", "stage_gpas", "stage_pas", "stage_shifts", "stage_pages"),
+    *("found_run", "found_stage"),
 }
 """Parameters of kernels that are arrays; all others are words."""
 
