@@ -5,8 +5,6 @@ The guest is assembled when it is first needed. The host lays out in its RAM wha
 records back. How RAM is reached, and what is started, is a `Machine`'s own: see qemu.py, bochs.py.
 """
 
-import contextlib
-import os
 import shutil
 import struct
 import subprocess
@@ -17,7 +15,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
-from vapama.spec.subject import NotCovered
 from vapama.spec.words import WORD, Word
 
 SOURCE = Path(__file__).parent / "guest" / "guest.asm"
@@ -322,6 +319,8 @@ class Machine(ABC):
 
     name: str
     features: Features
+    avoid: Word = 0
+    """Bits of CR4 that are better left alone here, though the processor has them."""
     starts = 0
 
     def __init__(self) -> None:
@@ -380,6 +379,11 @@ class Machine(ABC):
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def cr4(self) -> Word:
+        """The bits of CR4 that a case may set."""
+        return self.features.cr4 & ~self.avoid
+
     def alive(self) -> bool:
         """Whether the process still runs."""
         return self._process is not None and self._process.poll() is None
@@ -429,7 +433,7 @@ class Machine(ABC):
         for (long, user), block in BLOCK_OF.items():
             if self.features.svm:
                 self.write(block, vmcb(long, user))
-        keys = self.features.cr4 >> 22 & 1
+        keys = self.cr4 >> 22 & 1
         self.write(MAIL + HOST_KEYS, _doublewords(keys))
 
     def _prepare_world(self, flavor: int, world: World, root: int) -> None:
@@ -492,19 +496,3 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 def _remove(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def require_room(count: int, stride: int) -> None:
-    """Raise `NotCovered` if so many records do not fit."""
-    if count * stride > RECORDS_END - RECORDS:
-        raise NotCovered(f"{count} records of {stride} bytes are more than fit at once")
-
-
-def suppress() -> "contextlib.suppress":
-    """For the sake of processes that are gone already."""
-    return contextlib.suppress(OSError, ProcessLookupError)
-
-
-def cpus() -> int:
-    """How many processors this host has."""
-    return os.cpu_count() or 1
