@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from vapama.oracles import machine as m
+from vapama.oracles.departures import Departure, Disagreement, named
 from vapama.oracles.machine import Machine, MachineDied, World
 from vapama.spec import domains
 from vapama.spec.access import Access
 from vapama.spec.cpu import LA57, LME, NXE, PAE, PG, PKS, RFLAGS_ONE, Cpu
 from vapama.spec.domains import FRAMES, Domain
-from vapama.spec.memory import PAGE_BYTES, Sparse
+from vapama.spec.memory import PAGE_BYTES, Memory, Sparse
 from vapama.spec.outcomes import (
     NonCanonical,
     Outcome,
@@ -271,8 +272,8 @@ class BareMetal:
     `departures` are the disagreements of this machine with the manual that are known by name.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, machine: Machine, departures: tuple[Departure, ...]) -> None:
+        self.machine, self.departures = machine, departures
         self.capabilities = Capabilities(
             observes=frozenset({PA, ERROR_CODE, EFFECTS}),
             preload=True,
@@ -294,3 +295,10 @@ class BareMetal:
             self.machine.start()
             raise RuntimeError("memory changed that is neither an entry of the walk nor its page")
         return outcome
+
+    def departure(
+        self, cpu: Cpu, memory: Memory, access: Access, expected: Outcome, outcome: Outcome
+    ) -> str | None:
+        """The name of this disagreement among the known departures, None if it is not one."""
+        found = Disagreement(cpu, memory, access, expected, outcome, self.capabilities)
+        return named(self.departures, found)
