@@ -6,16 +6,34 @@ from the entries that the walk reads; that nothing else in the pool of frames ch
 """
 
 import struct
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from vapama.oracles import machine as m
 from vapama.oracles.departures import Departure, Disagreement, named
 from vapama.oracles.machine import Machine, MachineDied, World
-from vapama.spec import domains
+from vapama.spec import domains, modes
 from vapama.spec.access import Access
-from vapama.spec.cpu import LA57, LME, NXE, PAE, PG, PKS, RFLAGS_ONE, Cpu
+from vapama.spec.cpu import (
+    CET,
+    CR4_UNSPECIFIED,
+    LA57,
+    LAM_SUP,
+    LMA,
+    LME,
+    NXE,
+    PAE,
+    PE,
+    PG,
+    PKE,
+    PKS,
+    PSE,
+    RFLAGS_ONE,
+    SMAP,
+    SMEP,
+    VM,
+    Cpu,
+)
 from vapama.spec.domains import FRAMES, Domain
 from vapama.spec.memory import PAGE_BYTES, Memory, Sparse
 from vapama.spec.outcomes import (
@@ -36,11 +54,16 @@ MARKER = 0xA5
 """What a write writes, into the last byte of a word: no flag of any entry is there."""
 
 GENERAL_PROTECTION, STACK_FAULT, PAGE_FAULT = 13, 12, 14
-SCE, AM = 1 << 0, 1 << 18
-RFLAGS_FREE = 0x24_0CD5 | 3 << 12
-"""The flags that change nothing else here: not TF, NT, RF, IF and those of virtual interrupts."""
+CR4_THAT_COUNTS = PSE | PAE | LA57 | SMEP | SMAP | PKE | PKS | CR4_UNSPECIFIED | CET | LAM_SUP
+"""The bits of CR4 that a walk depends on. Of the others, those that the machine has are set."""
+CR0_LEFT_OUT = 1 << 18
+"""AM: an alignment check would come before the access, or in the guest's own code."""
+RFLAGS_SET = 0x24_0CD5 | 3 << 12
+"""Of RFLAGS is set what cannot stop the guest's own code: not TF, NT, RF, IF and those of virtual
+interrupts; AC is the one that counts."""
 STUB_BYTES = 9, 10
 """Where the INT3 of the stubs that read and write ends."""
+LOW_32 = (1 << 32) - 1
 
 
 def narrow(machine: Machine) -> dict[str, Domain]:
@@ -49,20 +72,10 @@ def narrow(machine: Machine) -> dict[str, Domain]:
     return {
         "maxphyaddr": Domain(among=(features.maxphyaddr,)),
         "page1gb": Domain(among=(int(features.page1gb),)),
+        "pse36": Domain(among=(int(features.pse36),)),
         "guest.limit": Domain(among=(m.SERVER,)),
-        "cr0": replace(domains.CR0, free=domains.CR0.free & ~AM),
-        "cr3": replace(domains.CR3, free=(1 << 25) - 1),
-        "cr4": _restricted(domains.CR4, machine.cr4),
-        "efer": replace(domains.EFER, free=domains.EFER.free & (SCE | NXE)),
-        "rflags": replace(domains.RFLAGS, free=domains.RFLAGS.free & RFLAGS_FREE),
         "access": Domain(among=tuple(kind for kind in domains.ACCESSES if kind & 1 == 0)),
     }
-
-
-def _restricted(domain: Domain, bits: Word) -> Domain:
-    """A domain without some of its free bits."""
-    scope = tuple(dict.fromkeys(value & bits for value in domain.scope))
-    return replace(domain, free=domain.free & bits, scope=scope)
 
 
 class Ask(NamedTuple):
@@ -77,24 +90,25 @@ def ask(cpu: Cpu, memory: Sparse, access: Access, machine: Machine) -> Ask:
     """The record of a case. Raises `NotCovered`."""
     require_askable(cpu, memory, access, machine)
     flavor = flavor_of(cpu)
-    world = free_world(flavor, cpu, memory)
-    key = free_key(cpu)
-    entrance = cpu.cr3 & m.FRAME | world.index << 3
-    pokes = {**memory.touched, entrance: world.stub(key) | m.MARKED}
+    world, own = way_in(flavor, cpu, memory, access)
+    pokes = {**memory.touched, **own}
     if len(pokes) > MOST_POKES:
         raise NotCovered(f"a walk that reads {len(memory.touched)} entries")
+    if access.fetch and any(page in pokes for page in pages(cpu, memory, access)):
+        raise NotCovered("a fetch from a word that holds an entry")
+    address = access.address & ~7
     head = m.HEAD.pack(
         world.base,
-        access.address & ~7,
+        address if flavor in LONG else address & LOW_32,
         m.FETCH if access.fetch else m.WRITE if access.write else m.READ,
         access.user,
         MARKER,
         len(pokes),
-        cpu.cr0,
+        cpu.cr0 & ~CR0_LEFT_OUT | PE,
         cpu.cr3,
-        cpu.cr4,
-        cpu.efer,
-        cpu.rflags,
+        cpu.cr4 & machine.cr4 & ~without_effect(cpu),
+        cpu.efer & (LME | LMA | NXE if cpu.efer & LMA else NXE),
+        cpu.rflags & RFLAGS_SET | RFLAGS_ONE,
         cpu.pkru,
         cpu.pkrs,
         *(0,) * 9,
@@ -103,42 +117,61 @@ def ask(cpu: Cpu, memory: Sparse, access: Access, machine: Machine) -> Ask:
     return Ask(flavor, (head + pairs).ljust(RECORD_BYTES, b"\0"), world)
 
 
+LONG = (m.LONG_4, m.LONG_5)
+
+
 def flavor_of(cpu: Cpu) -> int:
     """How the guest runs a case natively."""
-    if cpu.cr0 & PG == 0:
-        raise NotCovered("paging is off: there is nothing for a walk to do")
-    if cpu.efer & LME:
+    if cpu.efer & LMA:
         return m.LONG_5 if cpu.cr4 & LA57 else m.LONG_4
-    return m.LEGACY_PAE if cpu.cr4 & PAE else m.LEGACY
+    return m.LEGACY_PAE if cpu.cr4 & PAE and cpu.cr0 & PG else m.LEGACY
+
+
+def without_effect(cpu: Cpu) -> Word:
+    """Bits of CR4 that a walk does not depend on in this mode, and that the guest's own depends on.
+
+    They are not asked about.
+    """
+    return 0 if cpu.efer & LMA else LA57 if cpu.cr0 & PG else LA57 | PAE
 
 
 def require_askable(cpu: Cpu, memory: Sparse, access: Access, machine: Machine) -> None:
     """Raise `NotCovered` for a case that this machine cannot be asked, or not by our guest."""
     features = machine.features
-    if cpu.maxphyaddr != features.maxphyaddr or cpu.page1gb != features.page1gb:
-        raise NotCovered(f"MAXPHYADDR here is {features.maxphyaddr}")
-    missing = cpu.cr4 & ~machine.cr4
-    if missing:
+    has = features.maxphyaddr, features.page1gb, features.pse36
+    if (cpu.maxphyaddr, cpu.page1gb, cpu.pse36) != has:
+        raise NotCovered(f"MAXPHYADDR, 1-GByte pages and PSE-36 are {has} here")
+    missing = cpu.cr4 & CR4_THAT_COUNTS & ~machine.cr4
+    if missing and cpu.cr0 & PG:
         raise NotCovered(f"this processor has no CR4 bits {missing:#x}")
-    if cpu.cr0 & AM or cpu.rflags & ~(RFLAGS_FREE | RFLAGS_ONE):
-        raise NotCovered("CR0.AM, or a flag that stops the guest's own code")
-    if access.implicit:
-        raise NotCovered("no instruction makes an implicit access at an address of one's choice")
+    if cpu.rflags & VM:
+        raise NotCovered("virtual-8086 mode runs no code of the guest's")
+    if access.implicit or access.shadow_stack:
+        raise NotCovered("no plain instruction makes implicit or shadow-stack accesses")
     if memory.limit != m.SERVER:
         raise NotCovered(f"memory here is the first {m.SERVER:#x} bytes")
-    if not is_free(cpu.cr3 & m.FRAME):
+    if cpu.cr3 >> 52 or (cpu.cr0 & PG and not is_free(cpu.cr3 & m.FRAME)):
         raise NotCovered("the root table is not in free RAM")
     for address in memory.touched:
         if not is_free(address):
             raise NotCovered(f"a table at {address:#x}, where there is no RAM that is free")
-    word = access.address & ~7
-    for entry in memory.touched.values():
-        for offset in (0xFFF, (1 << 21) - 1, (1 << 22) - 1, (1 << 30) - 1):
-            page = entry & m.FRAME & ~offset | word & offset
-            if m.SERVER <= page < m.RAM_BYTES:
-                raise NotCovered("the page holds the guest itself")
-            if access.fetch and page in memory.touched:
-                raise NotCovered("a fetch from a word that an entry of the case is in")
+    for page in pages(cpu, memory, access):
+        if m.SERVER <= page < m.RAM_BYTES:
+            raise NotCovered("the page holds the guest itself")
+
+
+def pages(cpu: Cpu, memory: Sparse, access: Access) -> Iterator[Word]:
+    """Every word that the access may go to, whatever the entries mean: a bold guess."""
+    address = access.address & ~7
+    if not cpu.cr0 & PG:
+        yield address & LOW_32
+    halves = (0, 32) if not cpu.efer & LMA and not cpu.cr4 & PAE else (0,)
+    for pair in memory.touched.values():
+        for half in halves:
+            entry = pair >> half & LOW_32 if len(halves) > 1 else pair
+            for bits in (12, 21, 22, 30):
+                offset = (1 << bits) - 1
+                yield entry & m.FRAME & ~offset | address & offset
 
 
 def is_free(address: Word) -> bool:
@@ -146,13 +179,35 @@ def is_free(address: Word) -> bool:
     return address < m.SERVER and address not in m.HOLE
 
 
-def free_world(flavor: int, cpu: Cpu, memory: Sparse) -> World:
-    """A world whose root entry the walk under test does not read."""
-    root = cpu.cr3 & m.FRAME
+def way_in(
+    flavor: int, cpu: Cpu, memory: Sparse, access: Access
+) -> tuple[World, dict[Word, Word]]:
+    """A world that the case leaves room for, and the entries that lead there, by address."""
+    if not cpu.cr0 & PG:
+        return m.OFF_WORLD, {}
+    if flavor == m.LEGACY_PAE:
+        return pae_way_in(cpu, memory, access)
+    root, size, key = cpu.cr3 & m.FRAME, 4, 0
+    if flavor in LONG:
+        size, key = 8, free_key(cpu)
     for world in m.WORLDS_OF[flavor]:
-        if root | world.index << 3 not in memory.touched:
-            return world
+        where = root | world.index * size
+        if where & ~7 not in memory.touched:
+            entry = world.stub(key) | m.MARKED
+            return world, {where & ~7: entry << 8 * (where & 7)}
     raise NotCovered("the walk reads each entry of the root table that leads to the guest's code")
+
+
+def pae_way_in(cpu: Cpu, memory: Sparse, access: Access) -> tuple[World, dict[Word, Word]]:
+    """The same in PAE paging: all PDPTEs lie at CR3, from where they are loaded."""
+    if cpu.pdptes is None:
+        raise NotCovered("PDPTEs are in registers here")
+    table = cpu.cr3 & modes.PDPT
+    if any(address & ~0x1F == table for address in memory.touched):
+        raise NotCovered("the walk reads the words that the PDPTEs are loaded from")
+    world = next(w for w in m.WORLDS_OF[m.LEGACY_PAE] if w.index != access.address >> 30 & 3)
+    loaded = {table | i << 3: int(pdpte) for i, pdpte in enumerate(cpu.pdptes)}
+    return world, {**loaded, table | world.index << 3: world.stub(0) | m.PRESENT}
 
 
 def free_key(cpu: Cpu) -> int:
@@ -190,7 +245,9 @@ def observed(record: bytes, result: bytes, world: World, touched: Mapping[int, i
     found = Result._make(m.RESULT.unpack_from(result, m.RESULT_AT))
     address, stub, user = struct.unpack_from("<QBB", record, 8)
     accessed = address | 7 if stub == m.WRITE else address
-    after = entries_after(result, touched)
+    if world.base + m.GDT <= LOW_32:
+        found = found._replace(where=found.where & LOW_32)
+    after = entries_after(result)
     start = world.base + (m.USER_CODE if user else m.SUPERVISOR_CODE) + stub
     if found.vector == m.DONE:
         return _translated(found, stub, address, start, touched, after)
@@ -220,7 +277,7 @@ def _translated(
     if stub == m.WRITE and pa in after:
         if after[pa] >> 56 != MARKER:
             raise RuntimeError(f"the write is not found at {pa:#x}")
-        after[pa] = after[pa] & ~(0xFF << 56) | touched[pa] & 0xFF << 56
+        after[pa] = after[pa] & ~(0xFF << 56) | touched.get(pa, 0) & 0xFF << 56
     return Translated(pa, 0, changes(touched, after))
 
 
@@ -244,11 +301,11 @@ def where_it_went(found: Result, stub: int, address: Word, after: Mapping[int, i
     return right[0]
 
 
-def entries_after(result: bytes, touched: Mapping[int, int]) -> dict[int, int]:
-    """What the entries of a case are after it, by address."""
+def entries_after(result: bytes) -> dict[int, int]:
+    """What the entries of a record are after it, by address."""
     (count,) = struct.unpack_from("<I", result, 0x14)
     pairs = struct.unpack_from(f"<{2 * count}Q", result, m.HEAD_BYTES)
-    return {a: v for a, v in zip(pairs[::2], pairs[1::2], strict=True) if a in touched}
+    return dict(zip(pairs[::2], pairs[1::2], strict=True))
 
 
 def changes(touched: Mapping[int, int], after: Mapping[int, int]) -> tuple[Update, ...]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Memory
+from vapama.spec.modes import ACCESSED, PAGE_SIZE
 from vapama.spec.outcomes import RSVD, I, Outcome, OutsideMemory, P, PageFault, U, W
 from vapama.spec.subject import Capabilities, agree
 
@@ -54,6 +55,21 @@ def _lacks_p(found: Disagreement) -> bool:
     return found.is_just(replace(observed, error_code=observed.error_code | P))
 
 
+def _marks_reserved(found: Disagreement) -> bool:
+    """The same, and the large page that has the reserved bit is marked accessed."""
+    observed = found.observed
+    if not isinstance(observed, PageFault) or observed.error_code & (P | RSVD) != RSVD:
+        return False
+    whole = replace(observed, error_code=observed.error_code | P)
+    for update in observed.may_update:
+        entry = found.memory.load(update.address)
+        others = tuple(u for u in observed.may_update if u != update)
+        if entry & PAGE_SIZE and update.bits == ACCESSED:
+            if found.is_just(replace(whole, may_update=others)):
+                return True
+    return False
+
+
 def _reads(found: Disagreement, code: int) -> bool:
     """A page fault with this error code where the walk leaves memory."""
     observed, expected = found.observed, found.expected
@@ -70,6 +86,13 @@ RESERVED_LACKS_P = Departure(
     "QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, do_fault_rsvd: error_code = PG_ERROR_RSVD_MASK",
     _lacks_p,
 )
+RESERVED_IS_MARKED = Departure(
+    "reserved-large-page-is-marked-accessed",
+    "besides, the accessed flag of an entry that maps a large page and has a reserved bit set is "
+    "found set; an entry that faults so translates nothing",
+    "SDM Vol. 3A, 4.8. QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, mmu_translate",
+    _marks_reserved,
+)
 OUTSIDE_READS_0 = Departure(
     "table-outside-memory-reads-0",
     "where there is no memory a table reads as entries that are not present",
@@ -83,7 +106,7 @@ OUTSIDE_READS_ONES = Departure(
     lambda found: _reads(found, P | RSVD),
 )
 
-QEMU = (RESERVED_LACKS_P, OUTSIDE_READS_0)
+QEMU = (RESERVED_LACKS_P, RESERVED_IS_MARKED, OUTSIDE_READS_0)
 BOCHS = (OUTSIDE_READS_ONES,)
 
 

@@ -98,6 +98,11 @@ class Features(NamedTuple):
         return bool(self.extended_d >> 26 & 1)
 
     @property
+    def pse36(self) -> bool:
+        """4-MByte pages can lie above 4 GBytes."""
+        return bool(self.basic_d >> 17 & 1)
+
+    @property
     def svm(self) -> bool:
         """AMD's virtualization."""
         return bool(self.extended_c >> 2 & 1)
@@ -183,6 +188,8 @@ def _plan_worlds() -> dict[int, tuple[World, ...]]:
 
 
 WORLDS_OF = _plan_worlds()
+OFF_WORLD = World(0, CONTROL_BLOCKS + 0x1_0000, 0)
+"""Without paging: the pages of a world, one after the other in physical memory."""
 
 SUPERVISOR_CODE, USER_CODE, IDT, GDT, WORLD_STACK_PAGE = (n * PAGE for n in range(1, 6))
 CODE32, DATA32, CODE64 = 0x08, 0x10, 0x18
@@ -430,6 +437,11 @@ class Machine(ABC):
         ):
             for world in WORLDS_OF[flavor]:
                 self._prepare_world(flavor, world, root)
+        base = OFF_WORLD.base
+        for code in (SUPERVISOR_CODE, USER_CODE):
+            self.write(base + code, self.read(CODE_PAGE, PAGE))
+        self.write(base + IDT, _gates(base, long=False).ljust(PAGE, b"\0"))
+        self.write(base + GDT, _descriptors(base, long=False))
         for (long, user), block in BLOCK_OF.items():
             if self.features.svm:
                 self.write(block, vmcb(long, user))

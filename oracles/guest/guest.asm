@@ -882,15 +882,14 @@ common_32:
     and ebx, PAE
     or ebx, CR4_OWN
     mov cr4, ebx
-    mov ebx, CR0_OWN
-    mov cr0, ebx
-    mov ebx, cr4
     test ebx, PAE
     mov ebx, ROOT_32
     jz .not_pae
     mov ebx, ROOT_PAE
 .not_pae:
     mov cr3, ebx
+    mov ebx, CR0_OWN
+    mov cr0, ebx
     mov ebx, done_32
     jmp ebx
 
