@@ -106,7 +106,7 @@ def ask(cpu: Cpu, memory: Sparse, access: Access, machine: Machine) -> Ask:
         len(pokes),
         cpu.cr0 & ~CR0_LEFT_OUT | PE,
         cpu.cr3,
-        cpu.cr4 & machine.cr4 & ~without_effect(cpu),
+        settable_cr4(cpu, machine),
         cpu.efer & (LME | LMA | NXE if cpu.efer & LMA else NXE),
         cpu.rflags & RFLAGS_SET | RFLAGS_ONE,
         cpu.pkru,
@@ -127,12 +127,14 @@ def flavor_of(cpu: Cpu) -> int:
     return m.LEGACY_PAE if cpu.cr4 & PAE and cpu.cr0 & PG else m.LEGACY
 
 
-def without_effect(cpu: Cpu) -> Word:
-    """Bits of CR4 that a walk does not depend on in this mode, and that the guest's own depends on.
-
-    They are not asked about.
+def settable_cr4(cpu: Cpu, machine: Machine) -> Word:
+    """CR4 of a record: as the case has it, but for bits that have no effect in its mode and some in
+    that of the guest's own tables, from which it is set.
     """
-    return 0 if cpu.efer & LMA else LA57 if cpu.cr0 & PG else LA57 | PAE
+    cr4 = cpu.cr4 & machine.cr4
+    if not cpu.cr0 & PG:
+        return cr4 & ~(LA57 | PAE) | PSE
+    return cr4 if cpu.efer & LMA else cr4 & ~LA57
 
 
 def require_askable(cpu: Cpu, memory: Sparse, access: Access, machine: Machine) -> None:
@@ -155,6 +157,8 @@ def require_askable(cpu: Cpu, memory: Sparse, access: Access, machine: Machine) 
     for address in memory.touched:
         if not is_free(address):
             raise NotCovered(f"a table at {address:#x}, where there is no RAM that is free")
+    if access.fetch and not cpu.cr0 & PG and not is_free(access.address & LOW_32):
+        raise NotCovered("without paging, nothing would end a run of code where there is no RAM")
     for page in pages(cpu, memory, access):
         if m.SERVER <= page < m.RAM_BYTES:
             raise NotCovered("the page holds the guest itself")
@@ -257,7 +261,7 @@ def observed(record: bytes, result: bytes, world: World, touched: Mapping[int, i
         return PageFault(found.code, updates)
     if found.vector in (GENERAL_PROTECTION, STACK_FAULT) and found.where in where and not updates:
         return NonCanonical()
-    if stub == m.FETCH and found.where == address:
+    if stub == m.FETCH:
         raise NotCovered("a fetch from where there is no RAM")
     raise RuntimeError(f"the guest did something other than the access: {found}")
 
