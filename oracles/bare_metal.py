@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vapama.oracles import machine as m
 from vapama.oracles.departures import Departure, Disagreement, named
 from vapama.oracles.machine import Machine, MachineDied, World
-from vapama.spec import domains, modes
+from vapama.spec import domains
 from vapama.spec.access import Access
 from vapama.spec.cpu import (
     CET,
@@ -64,6 +64,8 @@ interrupts; AC is the one that counts."""
 STUB_BYTES = 9, 10
 """Where the INT3 of the stubs that read and write ends."""
 LOW_32 = (1 << 32) - 1
+PDPT = 0xFFFF_FFE0
+"""The bits of CR3 that the four PDPTEs of PAE paging are at."""
 
 
 def narrow(machine: Machine) -> dict[str, Domain]:
@@ -152,7 +154,9 @@ def require_askable(cpu: Cpu, memory: Sparse, access: Access, machine: Machine) 
         raise NotCovered("no plain instruction makes implicit or shadow-stack accesses")
     if memory.limit != m.SERVER:
         raise NotCovered(f"memory here is the first {m.SERVER:#x} bytes")
-    if cpu.cr3 >> 52 or (cpu.cr0 & PG and not is_free(cpu.cr3 & m.FRAME)):
+    if cpu.efer & LMA and cpu.cr3 >> 52:
+        raise NotCovered("this processor masks no linear addresses")
+    if cpu.cr0 & PG and not is_free(cpu.cr3 & m.FRAME):
         raise NotCovered("the root table is not in free RAM")
     for address in memory.touched:
         if not is_free(address):
@@ -183,9 +187,7 @@ def is_free(address: Word) -> bool:
     return address < m.SERVER and address not in m.HOLE
 
 
-def way_in(
-    flavor: int, cpu: Cpu, memory: Sparse, access: Access
-) -> tuple[World, dict[Word, Word]]:
+def way_in(flavor: int, cpu: Cpu, memory: Sparse, access: Access) -> tuple[World, dict[Word, Word]]:
     """A world that the case leaves room for, and the entries that lead there, by address."""
     if not cpu.cr0 & PG:
         return m.OFF_WORLD, {}
@@ -195,7 +197,7 @@ def way_in(
     if flavor in LONG:
         size, key = 8, free_key(cpu)
     for world in m.WORLDS_OF[flavor]:
-        where = root | world.index * size
+        where = root | world.entry * size
         if where & ~7 not in memory.touched:
             entry = world.stub(key) | m.MARKED
             return world, {where & ~7: entry << 8 * (where & 7)}
@@ -206,12 +208,12 @@ def pae_way_in(cpu: Cpu, memory: Sparse, access: Access) -> tuple[World, dict[Wo
     """The same in PAE paging: all PDPTEs lie at CR3, from where they are loaded."""
     if cpu.pdptes is None:
         raise NotCovered("PDPTEs are in registers here")
-    table = cpu.cr3 & modes.PDPT
+    table = cpu.cr3 & PDPT
     if any(address & ~0x1F == table for address in memory.touched):
         raise NotCovered("the walk reads the words that the PDPTEs are loaded from")
-    world = next(w for w in m.WORLDS_OF[m.LEGACY_PAE] if w.index != access.address >> 30 & 3)
+    world = next(w for w in m.WORLDS_OF[m.LEGACY_PAE] if w.entry != access.address >> 30 & 3)
     loaded = {table | i << 3: int(pdpte) for i, pdpte in enumerate(cpu.pdptes)}
-    return world, {**loaded, table | world.index << 3: world.stub(0) | m.PRESENT}
+    return world, {**loaded, table | world.entry << 3: world.stub(0) | m.PRESENT}
 
 
 def free_key(cpu: Cpu) -> int:
@@ -240,12 +242,13 @@ class Result(NamedTuple):
     event: Word
 
 
-def observed(record: bytes, result: bytes, world: World, touched: Mapping[int, int]) -> Outcome:
-    """The outcome that a record came back with.
+def observed(asked: Ask, result: bytes, touched: Mapping[int, int]) -> Outcome:
+    """The outcome that a record came back with; its physical address is that of the word.
 
     Raises `NotCovered` if it cannot be told, and `RuntimeError` if the guest did something other
     than the access.
     """
+    record, world = asked.record, asked.world
     found = Result._make(m.RESULT.unpack_from(result, m.RESULT_AT))
     address, stub, user = struct.unpack_from("<QBB", record, 8)
     accessed = address | 7 if stub == m.WRITE else address
@@ -349,7 +352,7 @@ class BareMetal:
         except MachineDied as death:
             self.machine.start()
             raise RuntimeError(f"{death}; started again") from None
-        outcome = observed(asked.record, result, asked.world, memory.touched)
+        outcome = observed(asked, result, memory.touched)
         if isinstance(outcome, Translated):
             outcome.pa |= access.address & 7
         if self.machine.read(0, POOL_BYTES) != STAMPS:

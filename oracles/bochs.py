@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vapama.oracles.bare_metal import BareMetal
+from vapama.oracles.departures import BOCHS
 from vapama.oracles.machine import HOLE, RAM_BYTES, SERVER, STAMP_TAIL, CannotStart, Machine
 from vapama.spec.cpu import PKE
 
@@ -131,11 +133,12 @@ def _marked_blocks(data: bytes, start: int) -> dict[int, int]:
     """Blocks by the marks in a piece of memory that begins at `start`."""
     words = np.frombuffer(data, dtype=np.uint64, count=len(data) // 8)
     tail = np.uint64(0xFFFF_FF00_0000_00FF)
-    first = (words & tail == np.uint64(STAMP_TAIL)) & (words >> np.uint64(8) & np.uint64(0x3FFF) == 0)
+    number = words >> np.uint64(8)
+    first = (words & tail == np.uint64(STAMP_TAIL)) & (number & np.uint64(BLOCK // 8 - 1) == 0)
     found = {}
     for place in np.flatnonzero(first).tolist():
-        number = (int(words[place]) >> 8 & 0xFFFF_FFFF) * 8 // BLOCK
-        found[number] = start + place * 8
+        block = (int(words[place]) >> 8 & 0xFFFF_FFFF) * 8 // BLOCK
+        found[block] = start + place * 8
     low = words & np.uint64(0xFFFF_FFFF) == np.uint64(MARK)
     for place in np.flatnonzero(low[:-1]).tolist():
         word = int(words[place])
@@ -144,3 +147,8 @@ def _marked_blocks(data: bytes, start: int) -> dict[int, int]:
             if SERVER <= address < RAM_BYTES:
                 found[address // BLOCK] = start + place * 8 - MARK_AT
     return found
+
+
+def bochs(model: str = "tigerlake") -> BareMetal:
+    """Bochs as a subject. Raises `CannotStart`."""
+    return BareMetal(BochsMachine(model), BOCHS)

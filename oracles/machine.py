@@ -142,11 +142,11 @@ def stamp(index: int) -> Word:
 class World(NamedTuple):
     """A way into the guest's own pages from a case's root table; see guest.asm.
 
-    The root entry with this index leads to the stub frame, and maps the world at `base`. There is a
+    The root entry of this number leads to the stub frame, and maps the world at `base`. There is a
     stub frame for each protection key that its pages can have, in a row.
     """
 
-    index: int
+    entry: int
     base: Word
     stubs: int
 
@@ -304,21 +304,36 @@ def image() -> bytes:
     """The guest, assembled. Raises `CannotStart`."""
     if shutil.which("nasm") is None:
         raise CannotStart("nasm is not installed (apt install nasm)")
-    names = {name: value for name, value in globals().items() if name in _ASSEMBLED}
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "guest.bin"
-        constants = [f"-D{name}={value:#x}" for name, value in names.items()]
-        command = ["nasm", "-f", "bin", "-o", str(target), f"-DRAM={RAM_BYTES:#x}", *constants]
+        constants = [f"-D{name}={value:#x}" for name, value in _ASSEMBLED.items()]
+        command = ["nasm", "-f", "bin", "-o", str(target), *constants]
         done = subprocess.run([*command, str(SOURCE)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise CannotStart(f"nasm: {done.stderr.strip()}")
         return target.read_bytes()
 
 
-_ASSEMBLED = frozenset(
-    "SERVER SECTORS MAIL STACK ROOT_4 ROOT_5 ROOT_PAE ROOT_32 LEGACY LEGACY_PAE LONG_4 LONG_5 SVM "
-    "VMX HSAVE VMXON_REGION".split()
-)
+_ASSEMBLED = {
+    "SERVER": SERVER,
+    "RAM": RAM_BYTES,
+    "SECTORS": SECTORS,
+    "MAIL": MAIL,
+    "STACK": STACK,
+    "ROOT_4": ROOT_4,
+    "ROOT_5": ROOT_5,
+    "ROOT_PAE": ROOT_PAE,
+    "ROOT_32": ROOT_32,
+    "LEGACY": LEGACY,
+    "LEGACY_PAE": LEGACY_PAE,
+    "LONG_4": LONG_4,
+    "LONG_5": LONG_5,
+    "SVM": SVM,
+    "VMX": VMX,
+    "HSAVE": HSAVE,
+    "VMXON_REGION": VMXON_REGION,
+}
+"""The constants that guest.asm takes from here."""
 
 
 class Machine(ABC):
@@ -329,6 +344,8 @@ class Machine(ABC):
     avoid: Word = 0
     """Bits of CR4 that are better left alone here, though the processor has them."""
     starts = 0
+    patience = 20.0
+    """Seconds in which some record must be finished."""
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="vapama-")
@@ -457,7 +474,7 @@ class Machine(ABC):
             self.write(world.stub(key), pack(*_stub(world, key)).ljust(PAGE, b"\0"))
         size = 4 if flavor == LEGACY else 8
         flags = PRESENT if flavor == LEGACY_PAE else MARKED
-        self.write(root + size * world.index, pack(world.stub(0) | flags))
+        self.write(root + size * world.entry, pack(world.stub(0) | flags))
 
     # Running records
 
@@ -479,8 +496,8 @@ class Machine(ABC):
             raise MachineDied(f"{self.name} ended")
         return False
 
-    def await_finish(self, seconds: float = 20) -> None:
-        """Wait for it. Raises `MachineDied`, also when no record is finished for `seconds`."""
+    def await_finish(self) -> None:
+        """Wait for it. Raises `MachineDied`, also when it takes more than `patience`."""
         polls, last, since = 0, -1, time.monotonic()
         while not self.finished():
             polls += 1
@@ -491,13 +508,15 @@ class Machine(ABC):
                 left = self._mail(LEFT)
                 if left != last:
                     last, since = left, time.monotonic()
-                elif time.monotonic() - since > seconds:
+                elif time.monotonic() - since > self.patience:
                     raise MachineDied(f"{self.name} hung, with {left} records left")
 
-    def run(self, flavor: int, records: bytes, stride: int, seconds: float = 20) -> bytes:
+    def run(self, flavor: int, records: bytes, stride: int) -> bytes:
         """Run records and give them back with their results. Raises `MachineDied`."""
+        if not self.alive() or self._mail(COMMAND):
+            self.start()  # it was left in the middle of something
         self.give(flavor, records, stride)
-        self.await_finish(seconds)
+        self.await_finish()
         return self.read(RECORDS, len(records))
 
 

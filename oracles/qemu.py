@@ -1,9 +1,10 @@
 """QEMU as a machine for our guest: TCG, headless, its RAM a file that both sides map."""
 
 import mmap
-import time
 from pathlib import Path
 
+from vapama.oracles.bare_metal import BareMetal
+from vapama.oracles.departures import QEMU
 from vapama.oracles.machine import RAM_BYTES, Machine
 
 EMULATOR = "qemu-system-x86_64"
@@ -56,3 +57,8 @@ class QemuMachine(Machine):
         """Put bytes into RAM."""
         assert self._memory is not None
         self._memory[address : address + len(data)] = data
+
+
+def qemu(model: str = "max", maxphyaddr: int = 40) -> BareMetal:
+    """QEMU's TCG as a subject. Raises `CannotStart`."""
+    return BareMetal(QemuMachine(model, maxphyaddr), QEMU)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from vapama import cli_snapshot
+from vapama import cli_oracles, cli_snapshot
 from vapama.case import BadInput
 from vapama.jobs import Event, Job
 from vapama.snapshot import truth
@@ -31,6 +31,7 @@ app = typer.Typer(
     epilog="Exit status: 0 all held, 1 a counterexample, 2 bad input or usage, 3 undecided.",
 )
 app.add_typer(cli_snapshot.app, name="snapshot")
+app.add_typer(cli_oracles.app, name="oracles")
 console = Console(highlight=False, emoji=False)
 notes = Console(stderr=True, highlight=False, emoji=False)
 

@@ -3,7 +3,8 @@
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from vapama.case import BadInput
@@ -52,11 +53,36 @@ def _unicorn() -> Any:
         raise BadInput(f"--subject unicorn: {error}: pip install 'vapama[unicorn]'") from None
 
 
+def machine(name: str, options: Mapping[str, str]) -> Any:
+    """A machine of `MACHINES`, with options by name. Raises `BadInput`."""
+    from vapama.oracles.machine import CannotStart
+
+    module, kinds = MACHINES[name]
+    given: dict[str, Any] = {}
+    for option, value in options.items():
+        if option not in kinds:
+            raise BadInput(f"--subject {name}: {option}: give one of {', '.join(kinds)}")
+        try:
+            given[option] = kinds[option](value)
+        except ValueError:
+            raise BadInput(f"--subject {name}: {option}={value}: give a number") from None
+    try:
+        return getattr(importlib.import_module(module), name)(**given)
+    except CannotStart as error:
+        raise BadInput(f"--subject {name}: {error}") from None
+
+
+MACHINES: dict[str, tuple[str, dict[str, Callable[[str], Any]]]] = {
+    "qemu": ("vapama.oracles.qemu", {"model": str, "maxphyaddr": int}),
+    "bochs": ("vapama.oracles.bochs", {"model": str}),
+}
+"""Machines that run our guest: the module of each, and its options (`qemu,model=EPYC`)."""
 SHORT_NAMES: dict[str, Callable[[], Any]] = {
     "optimized": _optimized,
     "compiled": _compiled,
     "reference": Reference,
     "unicorn": _unicorn,
+    **{name: partial(machine, name, {}) for name in MACHINES},
 }
 
 
@@ -74,6 +100,9 @@ def load_subject(name: str) -> Guarded:
 def _subject(name: str) -> Any:
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]()
+    plain, *options = name.split(",")
+    if plain in MACHINES:
+        return machine(plain, dict(option.partition("=")[::2] for option in options))
     kind, colon, rest = name.partition(":")
     if kind == "mistake" and colon:
         return _mistake(rest)

@@ -1,0 +1,79 @@
+"""The oracles: what each is, what it needs of this host, and how it departs from the manual."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vapama.oracles import departures, unicorn
+from vapama.oracles.bochs import BIOS
+from vapama.oracles.departures import Departure
+from vapama.oracles.qemu import EMULATOR
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """A real system to judge by. `lacks` says what of it this host lacks, in words."""
+
+    name: str
+    what: str
+    lacks: Callable[[], str]
+    departures: tuple[Departure, ...] = ()
+
+
+def missing(oracle: Oracle) -> str:
+    """Why this host does not have it; empty if it has."""
+    return oracle.lacks()
+
+
+def _program(*names: str) -> str:
+    lacking = [name for name in names if shutil.which(name) is None]
+    return f"{', '.join(lacking)} not installed" if lacking else ""
+
+
+def _bochs() -> str:
+    why = _program("nasm", "bochs")
+    if not why and not (BIOS / "BIOS-bochs-latest").exists():
+        why = "bochsbios not installed"
+    if not why and not (BIOS / "VGABIOS-lgpl-latest").exists():
+        why = "vgabios not installed"
+    return why
+
+
+def _unicorn() -> str:
+    found = importlib.util.find_spec("unicorn")
+    return "" if found else "not installed: pip install 'vapama[unicorn]'"
+
+
+UNICORN_DEPARTURES = tuple(
+    Departure(name, source, source, lambda found: False)
+    for name, source in unicorn.DEPARTURES.items()
+)
+
+ORACLES = (
+    Oracle(
+        "unicorn", "Unicorn: QEMU 5's page walker in this process", _unicorn, UNICORN_DEPARTURES
+    ),
+    Oracle(
+        "qemu",
+        "QEMU's TCG with our bare-metal guest: every paging mode, rings 0 and 3",
+        lambda: _program("nasm", EMULATOR),
+        departures.QEMU,
+    ),
+    Oracle(
+        "bochs",
+        "Bochs with the same guest: every paging mode but 5-level, rings 0 and 3",
+        _bochs,
+        departures.BOCHS,
+    ),
+)
+
+
+def kvm_lacks() -> str:
+    """Why /dev/kvm cannot be used; empty if it can."""
+    device = Path("/dev/kvm")
+    if not device.exists():
+        return "there is no /dev/kvm"
+    return "" if os.access(device, os.R_OK | os.W_OK) else "/dev/kvm may not be opened by this user"

@@ -1,0 +1,118 @@
+"""``vapama oracles``: the real systems that this host has to judge by, and long runs on them."""
+
+import sys
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vapama.case import BadInput
+from vapama.subjects import MACHINES, machine
+from vapama.verdict import EXIT_COUNTEREXAMPLE, EXIT_HELD
+
+app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="The real systems to judge by that this host has, and why it lacks the others.",
+)
+console = Console(highlight=False, emoji=False)
+notes = Console(stderr=True, highlight=False, emoji=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback()
+def list_(context: typer.Context, json: Json = False) -> None:
+    """List the oracles, if this host has them or why not, and their known departures."""
+    if context.invoked_subcommand is not None:
+        return
+    from vapama.oracles.registry import ORACLES, missing
+
+    if json:
+        listed = [
+            {
+                "name": oracle.name,
+                "what": oracle.what,
+                "missing": missing(oracle),
+                "departures": [
+                    {"name": d.name, "what": d.what, "source": d.source} for d in oracle.departures
+                ],
+            }
+            for oracle in ORACLES
+        ]
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(listed)) + b"\n")
+        return
+    for oracle in ORACLES:
+        why = missing(oracle)
+        state = f"[yellow]no: {escape(why)}[/]" if why else "[green]here[/]"
+        console.print(f"[bold]{oracle.name}[/]  {state}\n    {escape(oracle.what)}", soft_wrap=True)
+        for departure in oracle.departures:
+            console.print(f"    [dim]known departure {departure.name}[/]", soft_wrap=True)
+
+
+@app.command()
+def run(
+    oracle: Annotated[str, typer.Argument(help="qemu or bochs.")],
+    cases: Annotated[int, typer.Option(min=1, help="How many cases are to be judged.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="The random seed.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="The emulator's CPU model; the one with most features.")
+    ] = None,
+    maxphyaddr: Annotated[
+        int | None, typer.Option(min=32, max=52, help="MAXPHYADDR (qemu only).")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run random cases of every paging mode on a machine, in batches, and judge each."""
+    from vapama import oracle_runs
+
+    if oracle not in MACHINES:
+        raise BadInput(f"vapama oracles run {oracle}: give one of {', '.join(MACHINES)}")
+    given = {"model": model, "maxphyaddr": maxphyaddr}
+    options = {name: str(value) for name, value in given.items() if value is not None}
+    subject = machine(oracle, options)
+    try:
+        tally = oracle_runs.run(subject, cases, seed, _progress)
+    finally:
+        subject.machine.end()
+    if json:
+        sys.stdout.buffer.write(msgspec.json.format(oracle_runs.as_json(tally)) + b"\n")
+    else:
+        _print(oracle, tally)
+    raise typer.Exit(EXIT_COUNTEREXAMPLE if tally.differences else EXIT_HELD)
+
+
+def _progress(tally: Any) -> None:
+    if notes.is_terminal:
+        notes.print(f"{tally.judged:,} cases judged", end="\r")
+
+
+def _print(oracle: str, tally: Any) -> None:
+    """The table of a run, and who says what in each difference."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("mode")
+    table.add_column("outcome")
+    table.add_column("cases", justify="right")
+    for (mode, outcome), count in sorted(tally.agreed.items()):
+        table.add_row(mode, outcome, f"{count:,}")
+    console.print(table)
+    for name, count in sorted(tally.known.items()):
+        console.print(f"known departure, {name}: {count:,} cases")
+    for why, count in sorted(tally.left_out.items()):
+        console.print(f"left out: {count:,} cases: {why}", soft_wrap=True, style="dim")
+    for found in tally.differences[:10]:
+        console.print(f"[bold red]difference[/]: {escape(str(found.access))}", soft_wrap=True)
+        for who, what in (("the reference", found.expected), (oracle, found.observed)):
+            console.print(f"    {who}: {what}", soft_wrap=True, markup=False)
+        console.print(f"    {found.cpu}", soft_wrap=True, markup=False)
+        entries = {hex(a): hex(v) for a, v in found.memory.touched.items()}
+        console.print(f"    {entries}", soft_wrap=True, markup=False)
+    rate = tally.judged / max(tally.seconds, 1e-9)
+    deaths = f", {tally.deaths} times started anew" if tally.deaths else ""
+    console.print(
+        f"{oracle}: {tally.judged:,} cases judged in {tally.seconds:.1f} s, {rate:,.0f} a second"
+        f"{deaths}: {len(tally.differences)} unexplained differences"
+    )
