@@ -63,6 +63,7 @@ RFLAGS_SET = 0x24_0CD5 | 3 << 12
 interrupts; AC is the one that counts."""
 STUB_BYTES = 9, 10
 """Where the INT3 of the stubs that read and write ends."""
+OBSERVES = frozenset({PA, ERROR_CODE, EFFECTS})
 LOW_32 = (1 << 32) - 1
 PDPT = 0xFFFF_FFE0
 """The bits of CR3 that the four PDPTEs of PAE paging are at."""
@@ -339,7 +340,7 @@ class BareMetal:
     def __init__(self, machine: Machine, departures: tuple[Departure, ...]) -> None:
         self.machine, self.departures = machine, departures
         self.capabilities = Capabilities(
-            observes=frozenset({PA, ERROR_CODE, EFFECTS}),
+            observes=OBSERVES,
             preload=True,
             narrow=narrow(machine),
         )

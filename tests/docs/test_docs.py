@@ -22,10 +22,13 @@ import typer
 
 from vapama.cli import app
 from vapama.impl.optimized import Compiled, Optimized
+from vapama.oracles import bare_metal
+from vapama.oracles.departures import BOCHS, QEMU
 from vapama.oracles.unicorn import DEPARTURES, Unicorn
 from vapama.spec import subject as subjects
 from vapama.spec.nondet import ACCESS_DRAWS, CPU_DRAWS
-from vapama.subjects import SHORT_NAMES, Reference
+from vapama.spec.subject import Capabilities
+from vapama.subjects import MACHINES, SHORT_NAMES, Reference
 from vapama.verdict import BUDGETS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -351,7 +354,7 @@ OBSERVATIONS = {name: value for name, value in vars(subjects).items() if name.is
 def test_every_observation_and_known_departure_is_documented() -> None:
     text = (DOCS / "reference" / "subjects.md").read_text()
     values = [f'"{value}"' for value in OBSERVATIONS.values()]
-    for name in (*OBSERVATIONS, *values, *DEPARTURES):
+    for name in (*OBSERVATIONS, *values, *DEPARTURES, *(d.name for d in QEMU + BOCHS)):
         assert f"`{name}`" in text, name
 
 
@@ -360,6 +363,7 @@ CAPABILITIES = {
     "compiled": Compiled.capabilities,
     "reference": Reference.capabilities,
     "unicorn": Unicorn.capabilities,
+    **{name: Capabilities(observes=bare_metal.OBSERVES) for name in MACHINES},
 }
 
 
