@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from vapama.impl.kernels import long_mode
+from vapama.impl.kernels import legacy, long_mode
 from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu
+from vapama.spec.cpu import LMA, LME, PAE, PE, PG, Cpu
 from vapama.spec.memory import Memory, Sparse
 from vapama.spec.outcomes import (
+    GeneralProtection,
     NonCanonical,
     Outcome,
     OutsideMemory,
@@ -25,20 +27,25 @@ from vapama.spec.subject import (
     LOADS,
     MANY,
     PA,
+    PDPTES,
     UPDATES,
     Capabilities,
     NotCovered,
 )
-from vapama.spec.words import Word
+from vapama.spec.words import Word, ite
+
+T = TypeVar("T")
+Refused: TypeAlias = GeneralProtection | OutsideMemory
 
 
 def access_word(access: Access) -> int:
     """An access as the kernels take it."""
-    return access.implicit | access.write << 1 | access.user << 2 | access.fetch << 4
+    word = access.implicit | access.write << 1 | access.user << 2 | access.fetch << 4
+    return word | access.shadow_stack << 6
 
 
 def controls(cpu: Cpu) -> tuple[Word, Word, Word, Word, Word]:
-    """What the kernels need of the control state: mode, reserved, cr3, pkru, pkrs."""
+    """What the kernels of long mode need of the control state: mode, reserved, cr3, pkru, pkrs."""
     return (
         long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb),
         long_mode.reserved_word(cpu.efer, cpu.maxphyaddr),
@@ -46,6 +53,31 @@ def controls(cpu: Cpu) -> tuple[Word, Word, Word, Word, Word]:
         cpu.pkru,
         cpu.pkrs,
     )
+
+
+def legacy_controls(cpu: Cpu, pdptes: T) -> tuple[Word, Word, Word, T]:
+    """What those of the other modes need: mode, reserved, cr3, pdptes."""
+    registers = 0 if cpu.pdptes is None else 1
+    return (
+        legacy.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, registers),
+        legacy.reserved_word(cpu.cr4, cpu.efer, cpu.maxphyaddr, cpu.pse36),
+        cpu.cr3,
+        pdptes,
+    )
+
+
+class Pdptes:
+    """The PDPTE registers as the kernels index them, by a word that need not be a plain int."""
+
+    __slots__ = ("registers",)
+
+    def __init__(self, registers: Sequence[Word] | None) -> None:
+        self.registers = registers or (0, 0, 0, 0)
+
+    def __getitem__(self, index: int) -> Word:
+        """The register with this index."""
+        a, b, c, d = self.registers
+        return ite(index >= 2, ite(index == 2, c, d), ite(index == 0, a, b))
 
 
 class Entries:
@@ -82,10 +114,10 @@ class Optimized:
     """The kernels as they are written."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY}), symbolic=True
+        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES}), symbolic=True
     )
 
-    kernels = (long_mode,)
+    kernels = (long_mode, legacy)
     """The modules under test, whose branches a fuzzer looks at."""
 
     def opaque(self, faculty: str) -> list[tuple[ModuleType, str]]:
@@ -96,12 +128,13 @@ class Optimized:
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The outcome of the walk kernel; it sets no flags when it faults."""
+        kernels, words = _kernels(cpu)
         marks = Marks()
-        status, value = long_mode.walk_and_mark(
+        status, value = kernels.walk_and_mark(
             Entries(memory),
             marks,
             memory.limit >> 3,
-            *controls(cpu),
+            *words,
             access.address,
             access_word(access),
             [0] * 6,
@@ -112,11 +145,12 @@ class Optimized:
         self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access
     ) -> list[Outcome]:
         """The outcomes of the batch kernel. Their updates are empty: it sets no flags."""
+        kernels, words = _kernels(cpu)
         statuses, values = [0] * len(addresses), [0] * len(addresses)
-        long_mode.translate_many(
+        kernels.translate_many(
             Entries(memory),
             memory.limit >> 3,
-            *controls(cpu),
+            *words,
             addresses,
             access_word(access),
             [0] * 6,
@@ -125,12 +159,35 @@ class Optimized:
         )
         return [outcome(s, v) for s, v in zip(statuses, values, strict=True)]
 
+    def load_pdptes(self, cpu: Cpu, memory: Memory) -> Sequence[Word] | Refused:
+        """The PDPTE registers as MOV to CR3 loads them."""
+        registers = [0] * 4
+        _, reserved, cr3, _ = legacy_controls(cpu, None)
+        status = legacy.load_pdptes(Entries(memory), memory.limit >> 3, reserved, cr3, registers)
+        return loaded(status, registers, cr3 & legacy.PDPT)
+
+
+def _kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:
+    """The kernels for a control state's mode, and what they need of it."""
+    if cpu.efer & LMA:
+        return long_mode, controls(cpu)
+    return legacy, legacy_controls(cpu, Pdptes(cpu.pdptes))
+
+
+def _compiled_kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:
+    """The same for machine code."""
+    if cpu.efer & LMA:
+        return long_mode, _words(*controls(cpu))
+    pdptes = np.array(cpu.pdptes or (0, 0, 0, 0), dtype=np.uint64)
+    mode, reserved, cr3, _ = legacy_controls(cpu, pdptes)
+    return legacy, (*_words(mode, reserved, cr3), pdptes)
+
 
 class Compiled:
     """The kernels' machine code, on a real image: its flags are found in memory afterwards."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY}), preload=True
+        observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY, PDPTES}), preload=True
     )
     LARGEST = 1 << 30
     """The largest memory, in bytes, that an image is made for."""
@@ -139,21 +196,23 @@ class Compiled:
         # numba takes a while to import, and most commands need none of it.
         from vapama.impl.kernels.compiled import compiled
 
-        self._walk_and_mark = compiled(long_mode.walk_and_mark)
-        self._translate_many = compiled(long_mode.translate_many)
+        self._compiled = compiled
         self._image = np.zeros(0, dtype=np.uint64)
         self._path = np.zeros(6, dtype=np.uint64)
         # Compile now, so that the first case does not wait for it.
-        cpu = Cpu(cr0=1 << 31 | 1, cr3=0, cr4=1 << 5, efer=1 << 8 | 1 << 10)
-        self.translate(cpu, Sparse({0: 0}, 4096), Access(0))
+        for efer in (LME | LMA, 0):
+            cpu = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=efer)
+            self.translate(cpu, Sparse({0: 0}, 4096), Access(0))
 
     def translate(self, cpu: Cpu, memory: Sparse, access: Access) -> Outcome:
         """The outcome of the compiled walk, with the flags that it set in memory."""
+        kernels, words = _compiled_kernels(cpu)
         image, indices = self._load(memory)
-        status, value = self._walk_and_mark(
+        status, value = self._compiled(kernels.walk_and_mark)(
             image,
             image,
-            *_words(memory.limit >> 3, *controls(cpu)),
+            *_words(memory.limit >> 3),
+            *words,
             *_words(access.address, access_word(access)),
             self._path,
         )
@@ -169,12 +228,14 @@ class Compiled:
         self, cpu: Cpu, memory: Sparse, addresses: Sequence[int], access: Access
     ) -> list[Outcome]:
         """The outcomes of the compiled batch kernel."""
+        kernels, words = _compiled_kernels(cpu)
         image, indices = self._load(memory)
         statuses = np.zeros(len(addresses), dtype=np.uint64)
         values = np.zeros_like(statuses)
-        self._translate_many(
+        self._compiled(kernels.translate_many)(
             image,
-            *_words(memory.limit >> 3, *controls(cpu)),
+            *_words(memory.limit >> 3),
+            *words,
             np.array(addresses, dtype=np.uint64),
             *_words(access_word(access)),
             self._path,
@@ -184,6 +245,20 @@ class Compiled:
         image[indices] = 0
         results = zip(statuses.tolist(), values.tolist(), strict=True)
         return [outcome(status, value) for status, value in results]
+
+    def load_pdptes(self, cpu: Cpu, memory: Memory) -> Sequence[Word] | Refused:
+        """The PDPTE registers as MOV to CR3 loads them, by machine code."""
+        first = cpu.cr3 & legacy.PDPT
+        inside = range(first, min(first + 32, memory.limit), 8)
+        sparse = Sparse({address: memory.load(address) for address in inside}, memory.limit)
+        image, indices = self._load(sparse)
+        _, reserved, cr3, _ = legacy_controls(cpu, None)
+        registers = np.zeros(4, dtype=np.uint64)
+        status = self._compiled(legacy.load_pdptes)(
+            image, *_words(memory.limit >> 3, reserved, cr3), registers
+        )
+        image[indices] = 0
+        return loaded(int(status), registers.tolist(), first)
 
     def _load(self, memory: Sparse) -> tuple[npt.NDArray[np.uint64], list[int]]:
         """An image of the memory's size that holds its entries and is 0 elsewhere, and where."""
@@ -208,9 +283,11 @@ def translate_array(
     from vapama.impl.kernels.compiled import compiled
 
     statuses, values = np.zeros_like(addresses), np.zeros_like(addresses)
-    compiled(long_mode.translate_many)(
+    kernels, words = _compiled_kernels(cpu)
+    compiled(kernels.translate_many)(
         image,
-        *_words(len(image), *controls(cpu)),
+        *_words(len(image)),
+        *words,
         addresses,
         *_words(access_word(access)),
         np.zeros(6, dtype=np.uint64),
@@ -229,6 +306,13 @@ def outcome(status: int, value: int, updates: tuple[Update, ...] = ()) -> Outcom
     if status == long_mode.OUTSIDE:
         return OutsideMemory(value, updates)
     return NonCanonical()
+
+
+def loaded(status: int, registers: Sequence[Word], first: Word) -> Sequence[Word] | Refused:
+    """The PDPTE registers by the status of their load, or why it was refused."""
+    if status == legacy.GENERAL_PROTECTION:
+        return GeneralProtection()
+    return OutsideMemory(first) if status == long_mode.OUTSIDE else registers
 
 
 def _words(*values: int) -> tuple[np.uint64, ...]:

@@ -129,6 +129,12 @@ def entry_of(raw: int) -> Word:
     return entry
 
 
+def shadow_entry_of(raw: int) -> Word:
+    """An entry as above, more often read-only and dirty: that of a shadow-stack page."""
+    entry = entry_of(raw)
+    return entry & ~2 | 0x40 if raw & 0xE0 == 0xC0 else entry
+
+
 def pae_entry_of(raw: int) -> Word:
     """An entry of PAE paging: as often one that is valid in a PDPT as one for the levels below."""
     if raw >> 56 & 1:
@@ -220,7 +226,7 @@ def _tagged_address(raw: int) -> Word:
     """A linear address with something in the bits that may be masked."""
     address = _address(raw >> 8 | (raw & 0xFF) << 56)
     tag = (raw >> 48 & 0x7FFF) << 48
-    return address & ~(0x7FFF << 48) | tag if raw & 0x40 else address
+    return address & ~(0x7FFF << 48) | tag if raw & 0xC0 == 0x40 else address
 
 
 def _pdpte(raw: int) -> Word:
@@ -252,6 +258,18 @@ ENTRY = Domain(
     ),
 )
 """A paging-structure entry: any 64 bits."""
+SHADOW_ENTRY = Domain(
+    bias=shadow_entry_of,
+    scope=(
+        0x1007 | 2 << 59,
+        0x2045 | 2 << 59,  # read-only and dirty, user
+        0,
+        0x2041,  # the same, supervisor
+        0x5001 | 1 << 63,
+        0x1087,
+    ),
+)
+"""A paging-structure entry, where there are shadow stacks: any 64 bits."""
 PAE_ENTRY = Domain(bias=pae_entry_of, scope=(0x1001, 0x1007, 0, 0x3007, 0x2003, 0x5001))
 """An entry of PAE paging: any 64 bits."""
 PAIR = Domain(

@@ -39,8 +39,8 @@ class Level(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """A paging mode. It translates `width` bits of a linear address by entries of `entry_bytes`,
-    from the structure at the bits `root` of CR3 down through `levels`.
+    """A paging mode. It translates `width` bits of a linear address by entries of 1 << `scale`
+    bytes, from the structure at the bits `root` of CR3 down through `levels`.
 
     In PAE paging what CR3 leads to are the four PDPTEs. They are no level like others: loaded into
     registers beforehand, without rights, not marked accessed.
@@ -48,7 +48,7 @@ class Mode(NamedTuple):
 
     name: str
     width: int
-    entry_bytes: int
+    scale: int
     root: Word
     levels: tuple[Level, ...]
 
@@ -62,14 +62,14 @@ PML4E = Level(4, 39, reserved=PAGE_SIZE)
 PDPTE = Level(3, 30, large=PAGE_SIZE, reserved_large=low_bits(30) & ~low_bits(13))
 PDE = Level(2, 21, large=PAGE_SIZE, reserved_large=low_bits(21) & ~low_bits(13))
 PTE = Level(1, 12)
-FIVE_LEVEL = Mode("5-level paging", 57, 8, FRAME, (PML5E, PML4E, PDPTE, PDE, PTE))
-FOUR_LEVEL = Mode("4-level paging", 48, 8, FRAME, (PML4E, PDPTE, PDE, PTE))
+FIVE_LEVEL = Mode("5-level paging", 57, 3, FRAME, (PML5E, PML4E, PDPTE, PDE, PTE))
+FOUR_LEVEL = Mode("4-level paging", 48, 3, FRAME, (PML4E, PDPTE, PDE, PTE))
 
 # PAE paging ignores no upper bits: all from MAXPHYADDR to 62 are reserved.
 PAE_RESERVED = low_bits(63) & ~low_bits(52)
 PAE_PDE = PDE._replace(reserved=PAE_RESERVED)
 PAE_PTE = PTE._replace(reserved=PAE_RESERVED)
-PAE = Mode("PAE paging", 32, 8, PDPT, (PAE_PDE, PAE_PTE))
+PAE = Mode("PAE paging", 32, 3, PDPT, (PAE_PDE, PAE_PTE))
 PDPTE_RESERVED = PAE_RESERVED | EXECUTE_DISABLE | 0b1111 << 5 | WRITABLE | USER
 """Bits that must be 0 in a present PDPTE of PAE paging, besides those from MAXPHYADDR to 51."""
 
@@ -77,9 +77,9 @@ PDPTE_RESERVED = PAE_RESERVED | EXECUTE_DISABLE | 0b1111 << 5 | WRITABLE | USER
 SMALL_PDE_32 = Level(2, 22, mask=low_bits(10))
 PDE_32 = SMALL_PDE_32._replace(large=PAGE_SIZE)
 PTE_32 = Level(1, 12, mask=low_bits(10))
-TWO_LEVEL = Mode("32-bit paging", 32, 4, FRAME_32, (SMALL_PDE_32, PTE_32))
+TWO_LEVEL = Mode("32-bit paging", 32, 2, FRAME_32, (SMALL_PDE_32, PTE_32))
 """With CR4.PSE=0: the PS bit of a PDE is ignored, and every page has 4 KBytes."""
-TWO_LEVEL_PSE = Mode("32-bit paging with 4-MByte pages", 32, 4, FRAME_32, (PDE_32, PTE_32))
+TWO_LEVEL_PSE = Mode("32-bit paging with 4-MByte pages", 32, 2, FRAME_32, (PDE_32, PTE_32))
 
-OFF = Mode("no paging", 32, 8, 0, ())
+OFF = Mode("no paging", 32, 3, 0, ())
 """CR0.PG=0: a linear address is a physical address."""

@@ -213,7 +213,9 @@ class ControlStates:
 
 
 LONG_MODE = ControlStates(
-    "4-level and 5-level paging", {"cr3": domains.MASKED_CR3, "cr4": domains.MASKING_CR4}
+    "4-level and 5-level paging",
+    {"cr3": domains.MASKED_CR3, "cr4": domains.MASKING_CR4},
+    domains.SHADOW_ENTRY,
 )
 """With masked addresses and shadow stacks, other than what `Nondet.cpu` draws of itself."""
 _LEGACY = {"cr3": domains.MASKED_CR3, "efer": domains.LEGACY_EFER, "rflags": domains.LEGACY_RFLAGS}
@@ -223,7 +225,8 @@ PAE_IN_MEMORY = ControlStates("PAE paging, PDPTEs in memory", _PAE, domains.PAE_
 PAGING_32 = ControlStates("32-bit paging", {**_LEGACY, "cr4": domains.CR4_32}, domains.PAIR)
 _OFF = {"cr0": domains.CR0_OFF, "cr4": domains.CR4_OFF, "efer": domains.EFER_OFF}
 NO_PAGING = ControlStates("no paging", {**_LEGACY, **_OFF})
-EVERY_PAGING = (LONG_MODE, PAGING_32, PAE_PAGING, PAE_IN_MEMORY)
+LEGACY_PAGING = (PAGING_32, PAE_PAGING, PAE_IN_MEMORY)
+EVERY_PAGING = (LONG_MODE, *LEGACY_PAGING)
 EVERY_MODE = (*EVERY_PAGING, NO_PAGING)
 
 

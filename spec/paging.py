@@ -63,6 +63,9 @@ __all__ = [
     "WRITE_THROUGH",
 ]
 
+METADATA_57, METADATA_48 = low_bits(63) & ~low_bits(57), low_bits(63) & ~low_bits(48)
+"""The bits of a linear address that are masked by LAM57, and by LAM48."""
+
 
 def translate(cpu: Cpu, memory: Memory, access: Access) -> Outcome:
     """The outcome of `access` by a fresh walk of the paging structures, no cached translations."""
@@ -88,12 +91,12 @@ def translate(cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         table = pdpte & FRAME
 
     # WALK
-    load, size = by_entries(mode, memory).load, mode.entry_bytes
-    update = update_half if size == 4 else Update
+    load, scale = by_entries(mode, memory).load, mode.scale
+    update = update_half if scale == 2 else Update
     allowed, forbidden = WRITABLE | USER, 0
     used: tuple[Update, ...] = ()
     for level in mode.levels:
-        where = table | (address >> level.shift & level.mask) * size
+        where = table | (address >> level.shift & level.mask) << scale
         if where >= memory.limit:
             return OutsideMemory(where, used)
         entry = load(where)
@@ -142,8 +145,8 @@ def linear_address(cpu: Cpu, mode: Mode, access: Access) -> Word:
 
 
 def masked(cpu: Cpu, access: Access) -> Word:
-    """The address without metadata: by LAM57 bits 62:57 become as bit 56 is, by LAM48 bits 62:48 as
-    bit 47 is. Bit 63 stays, and the result has to be canonical still.
+    """The address without metadata: with LAM57 bits 62:57 are as bit 56 is, with LAM48 bits 62:48
+    as bit 47 is. Bit 63 stays, and the result has to be canonical still.
 
     Bit 63 tells a user's address (0), for which CR3 says which it is, if any, from a supervisor's
     (1), where CR4.LAM_SUP does so and it is LAM57 with 5-level paging. Fetches are never masked.
@@ -154,11 +157,11 @@ def masked(cpu: Cpu, access: Access) -> Word:
     la57, sup = flag(cpu.cr4 & LA57 != 0), flag(cpu.cr4 & LAM_SUP != 0)
     u57, u48 = flag(cpu.cr3 & LAM_U57 != 0), flag(cpu.cr3 & LAM_U48 != 0)
     data = access.fetch ^ 1
-    by_57 = data & ite(supervisor == 1, sup & la57, u57)
-    by_48 = data & ite(supervisor == 1, sup & (la57 ^ 1), u48 & (u57 ^ 1))
-    metadata = by_57 * (low_bits(63) & ~low_bits(57)) | by_48 * (low_bits(63) & ~low_bits(48))
-    sign = by_57 & bit(address, 56) | by_48 & bit(address, 47)
-    return address & ~metadata | sign * metadata
+    if data & ite(supervisor == 1, sup & la57, u57):
+        return address & ~METADATA_57 | bit(address, 56) * METADATA_57
+    if data & ite(supervisor == 1, sup & (la57 ^ 1), u48):
+        return address & ~METADATA_48 | bit(address, 47) * METADATA_48
+    return address
 
 
 def pdpte_for(cpu: Cpu, memory: Memory, address: Word) -> Word | OutsideMemory:
@@ -184,7 +187,7 @@ def load_pdptes(
     """
     # LOAD
     table = cpu.cr3 & modes.PDPT
-    if table >= memory.limit:
+    if table | 3 << 3 >= memory.limit:
         return OutsideMemory(table)
     pdptes = tuple(memory.load(table | index << 3) for index in range(4))
 
@@ -218,7 +221,7 @@ def update_half(where: Word, bits: Word) -> Update:
 
 def by_entries(mode: Mode, memory: Memory) -> Memory:
     """Memory that loads the entries of a mode."""
-    return Halves(memory) if mode.entry_bytes == 4 else memory
+    return Halves(memory) if mode.scale == 2 else memory
 
 
 def frame(mode: Mode, entry: Word, level: Level) -> Word:
@@ -226,7 +229,7 @@ def frame(mode: Mode, entry: Word, level: Level) -> Word:
 
     A 4-MByte page has bits 39:32 of its address in bits 20:13 (SDM Vol. 3A, table 4-4).
     """
-    if mode.entry_bytes == 4 and level.number == 2:
+    if mode.scale == 2 and level.number == 2:
         return entry & FRAME_32 & ~low_bits(22) | (entry >> 13 & low_bits(8)) << 32
     return entry & FRAME & ~low_bits(level.shift)
 
@@ -326,7 +329,7 @@ def page_offset(level: int, mode: Mode = FIVE_LEVEL) -> Word:
 def entry_address(table: Word, address: Word, level: int, mode: Mode = FIVE_LEVEL) -> Word:
     """Where `table` holds the entry that a walk for linear `address` uses at `level`."""
     _, shift, mask, *_ = mode.level(level)
-    return table | (address >> shift & mask) * mode.entry_bytes
+    return table | (address >> shift & mask) << mode.scale
 
 
 def maps_a_page(entry: Word, level: int, mode: Mode = FIVE_LEVEL) -> Condition:
@@ -430,14 +433,14 @@ def _mappings(
     if table + PAGE_BYTES > entries.limit:
         return
     for index in range(level.mask + 1):
-        entry = entries.load(table | index * mode.entry_bytes)
+        entry = entries.load(table | index << mode.scale)
         if entry & PRESENT == 0:
             continue
         address = base | index << level.shift
         if mode.width > 32:
             address = sign_extended(address, mode.width)
         if maps_a_page(entry, level.number, mode):
-            page = Mapping if mode.entry_bytes == 8 else Mapping32
+            page = Mapping32 if mode.scale == 2 else Mapping
             yield page(address, level.number, entry)
         else:
             yield from _mappings(mode, entries, below, entry & FRAME, address)

@@ -43,6 +43,8 @@ LOADS = "loads"
 """Each entry that the walk reads (it reads them through `Memory.load`)."""
 MANY = "translate_many"
 """Has `translate_many`."""
+PDPTES = "load_pdptes"
+"""Has `load_pdptes`, which gives the registers or why they are refused, as `paging.load_pdptes`."""
 SECOND_STAGE = "second_stage"
 """Has `second_stage`: it translates guest-physical addresses."""
 SECOND_STAGE_MANY = "second_stage_many"
@@ -158,6 +160,22 @@ def agree(
         case NonCanonical(), NonCanonical():
             return True
     return False
+
+
+def alike(first: Outcome, second: Outcome) -> Condition:
+    """Whether two accesses go to the same address by a page of the same size, or are the same fault
+    with the same error code.
+    """
+    if type(first) is not type(second):
+        return False
+    match first, second:
+        case Translated(), Translated():
+            return (first.pa == second.pa) & (first.level == second.level)
+        case PageFault(), PageFault():
+            return first.error_code == second.error_code
+        case OutsideMemory(), OutsideMemory():
+            return first.address == second.address
+    return True
 
 
 def _flags_agree(

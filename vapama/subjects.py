@@ -10,12 +10,13 @@ from typing import Any
 from vapama.case import BadInput
 from vapama.runs import Guarded
 from vapama.spec import second_stage
-from vapama.spec.paging import translate
+from vapama.spec.paging import load_pdptes, translate
 from vapama.spec.subject import (
     ERROR_CODE,
     LEVEL,
     LOADS,
     PA,
+    PDPTES,
     SECOND_STAGE,
     UPDATES,
     Capabilities,
@@ -26,9 +27,11 @@ class Reference:
     """The specification itself as a subject: what invariants say of it, they say of the spec."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, SECOND_STAGE}), symbolic=True
+        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, PDPTES, SECOND_STAGE}),
+        symbolic=True,
     )
     translate = staticmethod(translate)
+    load_pdptes = staticmethod(load_pdptes)
     second_stage = staticmethod(second_stage.translate)
 
 

@@ -8,8 +8,8 @@ index of `entries` or more is ever used, whatever the tables hold. Nothing here 
 
 Words that the kernels take and give:
 
-- `access`: the bits of the page-fault error code that describe it: W (1), U (2), I (4, a fetch);
-  and bit 0 for an implicit supervisor access.
+- `access`: the bits of the page-fault error code that describe it, W (1), U (2), I (4, a fetch) and
+  SS (6, to a shadow stack); and bit 0 for an implicit supervisor access.
 - `mode`: what `mode_word` packs out of the control registers, by the MODE_ constants below.
 - `reserved`: what `reserved_word` gives, the bits reserved in every present entry.
 - `path[level]`: filled with the index of the entry that the walk read at that level.
@@ -32,6 +32,7 @@ FRAME = 0x000FFFFFFFFFF000
 # Bit positions in a mode word.
 MODE_WP, MODE_NXE, MODE_SMEP, MODE_SMAP, MODE_AC = 0, 1, 2, 3, 4
 MODE_PKE, MODE_PKS, MODE_LA57, MODE_PAGE1GB = 5, 6, 7, 8
+MODE_CET, MODE_LAM_SUP = 9, 10
 
 
 class Words(Protocol):
@@ -67,12 +68,27 @@ def mode_word(cr0: Word, cr4: Word, efer: Word, rflags: Word, page1gb: Word) -> 
         | (cr4 >> 24 & 1) << MODE_PKS
         | (cr4 >> 12 & 1) << MODE_LA57
         | (page1gb & 1) << MODE_PAGE1GB
+        | (cr4 >> 23 & 1) << MODE_CET
+        | (cr4 >> 28 & 1) << MODE_LAM_SUP
     )
 
 
 def reserved_word(efer: Word, maxphyaddr: Word) -> Word:
     """The bits that are reserved in a present entry of any level."""
     return 0x0010000000000000 - (1 << maxphyaddr) | (efer >> 11 & 1 ^ 1) << 63
+
+
+def without_metadata(mode: Word, cr3: Word, address: Word, access: Word) -> Word:
+    """The address with its masked bits, if there are any, made copies of the highest bit left."""
+    sup = address >> 63 & mode >> MODE_LAM_SUP
+    user = address >> 63 ^ 1
+    la57 = mode >> MODE_LA57 & 1
+    data = access >> 4 & 1 ^ 1
+    if data & (sup & la57 | user & cr3 >> 61):
+        return address & 0x81FFFFFFFFFFFFFF | (address >> 56 & 1) * 0x7E00000000000000
+    if data & (sup & (la57 ^ 1) | user & cr3 >> 62):
+        return address & 0x8000FFFFFFFFFFFF | (address >> 47 & 1) * 0x7FFF000000000000
+    return address
 
 
 def walk(
@@ -93,6 +109,8 @@ def walk(
     if mode >> MODE_LA57 & 1:
         level = 5
         shift = 57
+    if cr3 >> 61 | mode >> MODE_LAM_SUP & 1:
+        address = without_metadata(mode, cr3, address, access)
     upper = address >> (shift - 1)
     if upper != 0 and upper != (1 << (65 - shift)) - 1:
         return NONCANONICAL, 0
@@ -100,6 +118,7 @@ def walk(
     user = access >> 2 & 1
     fetch = access >> 4 & 1
     code = (write << 1) | (user << 2) | ((fetch & (mode >> MODE_NXE | mode >> MODE_SMEP)) << 4)
+    code = code | access & 0x40 & mode >> MODE_CET << 6
     # By level, where bit 7 (PS) must be 0.
     no_large = 0x30 | (mode >> MODE_PAGE1GB & 1 ^ 1) << 3
     table = cr3 & FRAME
@@ -119,6 +138,7 @@ def walk(
         must_be_zero = reserved | (no_large >> level & 1) << 7 | large * (offset & 0x7FFFFFFFE000)
         if entry & must_be_zero:
             return FAULT, code | 9
+        above = rights
         rights = rights & entry
         no_execute = no_execute | entry >> 63
         # In a PTE bit 7 is PAT; in a PML4E and a PML5E it was found to be 0.
@@ -126,6 +146,7 @@ def walk(
             break
         table = entry & FRAME
         level = level - 1
+    rights = rights | (above & 2) << 2
     return finish(mode, pkru, pkrs, address, code, access, entry, rights, no_execute, level, shift)
 
 
@@ -142,7 +163,10 @@ def finish(
     level: Word,
     shift: Word,
 ) -> tuple[Word, Word]:
-    """The end of a walk that found a page: check rights and keys, compose the address."""
+    """The end of a walk that found a page: check rights and keys, compose the address.
+
+    `rights` are bits 2:1 of the AND of all entries, and in bit 3 that of R/W above the last one.
+    """
     write = access >> 1 & 1
     user = access >> 2 & 1
     fetch = access >> 4 & 1
@@ -164,6 +188,9 @@ def finish(
         | supervisor & user_page & (smep | smap)
         | key_denies
     )
+    if code >> 6:
+        shadow_stack = rights >> 3 & (entry >> 1 ^ 1) & entry >> 6 & 1
+        denied = (user ^ user_page) | (shadow_stack ^ 1) | key_denies
     if denied:
         return FAULT, code | 1 | key_denies << 5
     offset = (1 << shift) - 1
