@@ -129,8 +129,8 @@ def smap_has_no_part_in_shadow_stack_accesses(nondet: Nondet, subject: Any) -> N
     twin="dirty-pages-are-writable",
 )
 def to_other_accesses_a_dirty_page_is_like_any(nondet: Nondet, subject: Any) -> None:
-    """Toggling the dirty flag of every entry changes no access but those to shadow stacks. (In a
-    PDPTE of PAE paging the bit is reserved.)
+    """Toggling the dirty flag of every PTE, PDE and so on changes no access but those to shadow
+    stacks; in a PDPTE of PAE paging the bit is reserved.
     """
     cpu, memory, access = nondet.walk(LONG_MODE, PAGING_32, PAE_PAGING)
     nondet.assume(access.shadow_stack & cpu.cet == 0)
