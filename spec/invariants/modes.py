@@ -8,7 +8,7 @@ from typing import Any
 
 from vapama.spec import modes
 from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu, reserved_in_pdptes
+from vapama.spec.cpu import LA57, LAM_SUP, PKE, PKS, Cpu, reserved_in_pdptes
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory, Watched
 from vapama.spec.nondet import (
@@ -132,11 +132,11 @@ def without_paging_an_address_is_its_low_32_bits(nondet: Nondet, subject: Any) -
     reaches=("translated", "page fault"),
     needs=(MANY, PA, ERROR_CODE),
     twin="the-legacy-batch-shares-its-first-result",
-    bound="batches of 2 addresses that differ in bits 22:0",
+    bound="batches of 2 addresses that differ in bits 22:0; PAE paging, no paging",
 )
 def translate_many_equals_the_walk_in_the_other_modes(nondet: Nondet, subject: Any) -> None:
     """Each outcome of a batch is that of the same address alone, outside long mode too."""
-    cpu, memory, access = nondet.walk(*LEGACY_PAGING, NO_PAGING)
+    cpu, memory, access = nondet.walk(PAE_PAGING, NO_PAGING)
     addresses = [access.address, access.address ^ nondet.word("difference", DIFFERENCE)]
     batch = subject.translate_many(cpu, memory, addresses, access)
     assert len(batch) == len(addresses)
@@ -360,15 +360,12 @@ def a_translation_of_the_other_modes_marks_each_entry_it_used(nondet: Nondet, su
     source="Intel SDM Vol. 3A, 4.6.2 (keys are of 4-level and 5-level paging) and 4.1.3",
     reaches=("translated", "page fault"),
     needs=(PA, ERROR_CODE),
-    twin="the-pdpt-may-be-above-4-gbytes",
+    twin="pke-is-taken-for-smep",
 )
 def outside_long_mode_keys_and_masks_change_nothing(nondet: Nondet, subject: Any) -> None:
-    """PKRU, IA32_PKRS, CR4.PKE, CR4.PKS, CR4.LA57, CR4.LAM_SUP and bits 63:32 of CR3 do not count
-    outside long mode.
-    """
+    """Outside long mode PKRU, IA32_PKRS and CR4's PKE, PKS, LA57 and LAM_SUP do not count."""
     cpu, memory, access = nondet.walk(*LEGACY_PAGING)
-    ignored = 1 << 12 | 1 << 22 | 1 << 24 | 1 << 28
-    plain = cpu._replace(pkru=0, pkrs=0, cr4=cpu.cr4 & ~ignored, cr3=cpu.cr3 & low_bits(32))
+    plain = cpu._replace(pkru=0, pkrs=0, cr4=cpu.cr4 & ~(PKE | PKS | LA57 | LAM_SUP))
     first = subject.translate(cpu, memory, access)
     second = subject.translate(plain, memory, access)
     nondet.reach(kind(first))
@@ -434,6 +431,8 @@ def a_loaded_pdpte_has_no_reserved_bit(nondet: Nondet, subject: Any) -> None:
 def loaded_pdptes_translate_as_those_in_memory(nondet: Nondet, subject: Any) -> None:
     """A walk from the registers just loaded has the outcome of one that reads the PDPTEs itself."""
     cpu, memory, access = nondet.walk(PAE_IN_MEMORY)
+    quarter = nondet.one_of("quarter", range(4))
+    access = access._replace(address=access.address & low_bits(30) | quarter << 30)
     loaded = subject.load_pdptes(cpu, memory)
     if isinstance(loaded, GeneralProtection | OutsideMemory):
         return

@@ -127,13 +127,14 @@ def smap_has_no_part_in_shadow_stack_accesses(nondet: Nondet, subject: Any) -> N
     reaches=("translated", "page fault"),
     needs=(PA, ERROR_CODE),
     twin="dirty-pages-are-writable",
+    bound="addresses that are not masked",
 )
 def to_other_accesses_a_dirty_page_is_like_any(nondet: Nondet, subject: Any) -> None:
     """Toggling the dirty flag of every PTE, PDE and so on changes no access but those to shadow
     stacks; in a PDPTE of PAE paging the bit is reserved.
     """
     cpu, memory, access = nondet.walk(LONG_MODE, PAGING_32, PAE_PAGING)
-    nondet.assume(access.shadow_stack & cpu.cet == 0)
+    nondet.assume((access.shadow_stack & cpu.cet == 0) & (cpu.masks == 0))
     both = DIRTY | DIRTY << 32 if cpu.mode.scale == 2 else DIRTY
     first = subject.translate(cpu, memory, access)
     second = subject.translate(cpu, Altered(memory, both), access)
