@@ -52,6 +52,11 @@ class Mode(NamedTuple):
     root: Word
     levels: tuple[Level, ...]
 
+    @property
+    def entry_bytes(self) -> int:
+        """How many bytes an entry has: 8, or 4 in 32-bit paging."""
+        return 1 << self.scale
+
     def level(self, number: int) -> Level:
         """The level of this number."""
         return self.levels[-number]
