@@ -5,14 +5,17 @@ from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+import numpy.typing as np_typing
 
-from vapama.impl.kernels import legacy, long_mode
-from vapama.spec.access import Access
+from vapama.impl.kernels import ept, legacy, long_mode, npt
+from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LMA, LME, PAE, PE, PG, Cpu
 from vapama.spec.memory import Memory, Sparse
 from vapama.spec.outcomes import (
+    EptMisconfiguration,
+    EptViolation,
     GeneralProtection,
+    NestedPageFault,
     NonCanonical,
     Outcome,
     OutsideMemory,
@@ -20,6 +23,7 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
+from vapama.spec.stage import Ept, Stage
 from vapama.spec.subject import (
     EFFECTS,
     ERROR_CODE,
@@ -28,6 +32,8 @@ from vapama.spec.subject import (
     MANY,
     PA,
     PDPTES,
+    SECOND_STAGE,
+    SECOND_STAGE_MANY,
     UPDATES,
     Capabilities,
     NotCovered,
@@ -64,6 +70,34 @@ def legacy_controls(cpu: Cpu, pdptes: T) -> tuple[Word, Word, Word, T]:
         cpu.cr3,
         pdptes,
     )
+
+
+def guest_physical_word(access: GuestPhysicalAccess) -> int:
+    """A guest-physical access as the kernels take it."""
+    return (
+        access.linear ^ 1
+        | access.write << 1
+        | access.user << 2
+        | access.table << 3
+        | access.fetch << 4
+        | access.writable << 5
+        | access.no_execute << 6
+        | access.shadow_stack << 7
+    )
+
+
+def stage_controls(stage: Stage) -> tuple[Word, Word, Word]:
+    """What the kernels need of a second stage's control state: mode, reserved, root."""
+    if isinstance(stage, Ept):
+        mode = ept.mode_word(stage.eptp, stage.mbec, stage.capabilities)
+        return mode, ept.reserved_word(stage.maxphyaddr), stage.eptp
+    mode = npt.mode_word(stage.cr4, stage.efer, stage.page1gb)
+    return mode, npt.reserved_word(mode, stage.maxphyaddr), stage.ncr3
+
+
+def stage_kernels(stage: Stage) -> ModuleType:
+    """The kernels of a second stage: both modules have the same functions."""
+    return ept if isinstance(stage, Ept) else npt
 
 
 class Pdptes:
@@ -114,17 +148,20 @@ class Optimized:
     """The kernels as they are written."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES}), symbolic=True
+        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
+        | {SECOND_STAGE, SECOND_STAGE_MANY},
+        symbolic=True,
     )
 
-    kernels = (long_mode, legacy)
+    kernels = (long_mode, legacy, ept, npt)
     """The modules under test, whose branches a fuzzer looks at."""
 
     def opaque(self, faculty: str) -> list[tuple[ModuleType, str]]:
         """The kernels behind a faculty, by module and name, where others call them: what a proof
         leaves uninterpreted that rests on a lemma about the faculty.
         """
-        return {"translate": [(long_mode, "walk"), (long_mode, "mark")]}[faculty]
+        modules = {"translate": (long_mode,), SECOND_STAGE: (ept, npt)}[faculty]
+        return [(module, name) for module in modules for name in ("walk", "mark")]
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The outcome of the walk kernel; it sets no flags when it faults."""
@@ -166,6 +203,38 @@ class Optimized:
         status = legacy.load_pdptes(Entries(memory), memory.limit >> 3, reserved, cr3, registers)
         return loaded(status, registers, cr3 & legacy.PDPT)
 
+    def second_stage(self, stage: Stage, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
+        """The outcome of the second stage's walk kernel; it sets no flags when it faults."""
+        marks = Marks()
+        status, value = stage_kernels(stage).walk_and_mark(
+            Entries(memory),
+            marks,
+            memory.limit >> 3,
+            *stage_controls(stage),
+            access.address,
+            guest_physical_word(access),
+            [0] * 6,
+        )
+        return stage_outcome(stage, access.address, status, value, marks.updates)
+
+    def second_stage_many(
+        self, stage: Stage, memory: Memory, gpas: Sequence[int], access: GuestPhysicalAccess
+    ) -> list[Outcome]:
+        """The outcomes of the second stage's batch kernel. Their updates are empty."""
+        statuses, values = [0] * len(gpas), [0] * len(gpas)
+        stage_kernels(stage).translate_many(
+            Entries(memory),
+            memory.limit >> 3,
+            *stage_controls(stage),
+            gpas,
+            guest_physical_word(access),
+            [0] * 6,
+            statuses,
+            values,
+        )
+        results = zip(gpas, statuses, values, strict=True)
+        return [stage_outcome(stage, gpa, status, value) for gpa, status, value in results]
+
 
 def _kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:
     """The kernels for a control state's mode, and what they need of it."""
@@ -187,7 +256,9 @@ class Compiled:
     """The kernels' machine code, on a real image: its flags are found in memory afterwards."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY, PDPTES}), preload=True
+        observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY, PDPTES})
+        | {SECOND_STAGE, SECOND_STAGE_MANY},
+        preload=True,
     )
     LARGEST = 1 << 30
     """The largest memory, in bytes, that an image is made for."""
@@ -216,12 +287,7 @@ class Compiled:
             *_words(access.address, access_word(access)),
             self._path,
         )
-        after = image[indices].tolist()
-        image[indices] = 0
-        before = memory.touched.items()
-        updates = tuple(Update(a, new & ~old) for (a, old), new in zip(before, after, strict=True))
-        if status >= long_mode.FAULT:
-            updates = tuple(update for update in updates if update.bits)
+        updates = self._updates(memory, indices, status < long_mode.FAULT)
         return outcome(int(status), int(value), updates)
 
     def translate_many(
@@ -260,7 +326,50 @@ class Compiled:
         image[indices] = 0
         return loaded(int(status), registers.tolist(), first)
 
-    def _load(self, memory: Sparse) -> tuple[npt.NDArray[np.uint64], list[int]]:
+    def second_stage(self, stage: Stage, memory: Sparse, access: GuestPhysicalAccess) -> Outcome:
+        """The outcome of the second stage's compiled walk, with the flags that it set in memory."""
+        image, indices = self._load(memory)
+        status, value = self._compiled(stage_kernels(stage).walk_and_mark)(
+            image,
+            image,
+            *_words(memory.limit >> 3, *stage_controls(stage)),
+            *_words(access.address, guest_physical_word(access)),
+            self._path,
+        )
+        updates = self._updates(memory, indices, status < long_mode.FAULT)
+        return stage_outcome(stage, access.address, int(status), int(value), updates)
+
+    def second_stage_many(
+        self, stage: Stage, memory: Sparse, gpas: Sequence[int], access: GuestPhysicalAccess
+    ) -> list[Outcome]:
+        """The outcomes of the second stage's compiled batch kernel."""
+        image, indices = self._load(memory)
+        statuses = np.zeros(len(gpas), dtype=np.uint64)
+        values = np.zeros_like(statuses)
+        self._compiled(stage_kernels(stage).translate_many)(
+            image,
+            *_words(memory.limit >> 3, *stage_controls(stage)),
+            np.array(gpas, dtype=np.uint64),
+            *_words(guest_physical_word(access)),
+            self._path,
+            statuses,
+            values,
+        )
+        image[indices] = 0
+        results = zip(gpas, statuses.tolist(), values.tolist(), strict=True)
+        return [stage_outcome(stage, gpa, status, value) for gpa, status, value in results]
+
+    def _updates(self, memory: Sparse, indices: list[int], translated: bool) -> tuple[Update, ...]:
+        """The flags that a walk set in the image; with all the entries if it translated. The image
+        is cleared for the next walk.
+        """
+        after = self._image[indices].tolist()
+        self._image[indices] = 0
+        before = memory.touched.items()
+        updates = tuple(Update(a, new & ~old) for (a, old), new in zip(before, after, strict=True))
+        return updates if translated else tuple(update for update in updates if update.bits)
+
+    def _load(self, memory: Sparse) -> tuple[np_typing.NDArray[np.uint64], list[int]]:
         """An image of the memory's size that holds its entries and is 0 elsewhere, and where."""
         if memory.limit > self.LARGEST:
             raise NotCovered(f"a memory of {memory.limit:#x} bytes: no image is made of it")
@@ -273,8 +382,11 @@ class Compiled:
 
 
 def translate_array(
-    cpu: Cpu, image: npt.NDArray[np.uint64], addresses: npt.NDArray[np.uint64], access: Access
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    cpu: Cpu,
+    image: np_typing.NDArray[np.uint64],
+    addresses: np_typing.NDArray[np.uint64],
+    access: Access,
+) -> tuple[np_typing.NDArray[np.uint64], np_typing.NDArray[np.uint64]]:
     """Translate many addresses by the compiled kernel: statuses and values, as it gives them.
 
     `image` is physical memory as 8-byte entries: an array or a memory map. `access` says what kind
@@ -313,6 +425,21 @@ def loaded(status: int, registers: Sequence[Word], first: Word) -> Sequence[Word
     if status == legacy.GENERAL_PROTECTION:
         return GeneralProtection()
     return OutsideMemory(first) if status == long_mode.OUTSIDE else registers
+
+
+def stage_outcome(
+    stage: Stage, gpa: int, status: int, value: int, updates: tuple[Update, ...] = ()
+) -> Outcome:
+    """A second stage's kernel's result, and the flags that it set, as an outcome."""
+    if status < long_mode.FAULT:
+        return Translated(value, status, updates)
+    if status == long_mode.OUTSIDE:
+        return OutsideMemory(value, updates)
+    if not isinstance(stage, Ept):
+        return NestedPageFault(value, gpa, updates)
+    if status == ept.MISCONFIGURED:
+        return EptMisconfiguration(gpa, updates)
+    return EptViolation(value, gpa, updates)
 
 
 def _words(*values: int) -> tuple[np.uint64, ...]:

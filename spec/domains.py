@@ -138,7 +138,8 @@ def shadow_entry_of(raw: int) -> Word:
 def pae_entry_of(raw: int) -> Word:
     """An entry of PAE paging: as often one that is valid in a PDPT as one for the levels below."""
     if raw >> 56 & 1:
-        return (raw >> 20 & 0xF) << 12 | (raw >> 24 & 0xF) << 9 | (1 if raw & 0xFF > 2 else 0)
+        entry = (raw >> 20 & 0xF) << 12 | (raw >> 24 & 0xF) << 9 | (1 if raw & 0xFF > 2 else 0)
+        return entry ^ (0 if raw >> 57 & 7 else 1 << (raw >> 37) % 64)
     return entry_of(raw) & ~(0x7FF << 52 if raw >> 57 & 3 else 0)
 
 
@@ -178,9 +179,10 @@ def ept_entry_of(raw: int) -> Word:
     entry |= (7, 7, 7, 7, 5, 3, 1, raw >> 8 & 7)[how & 7]
     if how & 0x38 == 0x08:
         entry ^= (raw >> 20 & 0xF) << 12
-        entry |= 0x80 | (raw >> 20 & 0xF) << (21 if how & 0x40 else 30)
-        if raw >> 60 == 0xF:
-            entry |= 1 << 12 + (raw >> 37) % 18
+        small = how & 0x40
+        entry |= 0x80 | (raw >> 20 & 0xF) << (21 if small else 30)
+        if raw >> 62 == 3:
+            entry |= 1 << 12 + (raw >> 37) % (9 if small else 18)
     if how & 0x30 == 0 or how & 0x78 == 0x10:
         entry |= (0x30, 0x70, 0x30, raw >> 12 & 0x78)[raw >> 10 & 3]
     if raw >> 59 == 1:

@@ -205,13 +205,14 @@ def described_rights(ept: Ept, rights: Word) -> Word:
 def undefined_bits(ept: Ept, access: GuestPhysicalAccess) -> Word:
     """The bits of the exit qualification that are not decided by what is modelled here.
 
-    Bit 0 of the update of a guest's accessed and dirty flags, a read-modify-write (30.2.1). Bit 6
-    without mode-based execute control, bits 11:9 without advanced information, bit 14 without
-    supervisor shadow-stack control (table 30-7). Bit 12, of an NMI that IRET would unblock.
+    Bit 0 of the update of a guest's accessed and dirty flags, a read-modify-write (30.2.1), unless
+    accesses to tables count as writes and report both. Bit 6 without mode-based execute control,
+    bits 11:9 without advanced information, bit 14 without supervisor shadow-stack control (table
+    30-7). Bit 12, of an NMI that IRET would unblock.
     """
     told = ept.advanced & access.linear & (access.table ^ 1)
     return (
-        (access.table & access.write) * DATA_READ
+        (access.table & access.write & (is_table_write(ept, access) ^ 1)) * DATA_READ
         | (ept.mbec ^ 1) * USER_EXECUTABLE
         | (told ^ 1) * (USER_LINEAR | WRITABLE_PAGE | NO_EXECUTE_PAGE)
         | NMI_UNBLOCKING

@@ -135,7 +135,7 @@ class Nondet(ABC):
         five, long_mode = mode & mode >> 1, mode >> 1
         cr4 = cr4 | (mode & 1 | long_mode) * PAE | five * LA57
         efer = efer | long_mode * (LMA | LME)
-        ncr3 = ncr3 & low_bits(32 + long_mode * (maxphyaddr - 32))
+        ncr3 = ncr3 & low_bits(maxphyaddr if long_mode == 1 else 32)
         return Npt._make((ncr3, cr4, efer, cr0, page1gb, maxphyaddr, 0))
 
 

@@ -97,8 +97,12 @@ def address_width(npt: Npt) -> int:
 
 
 def root(npt: Npt) -> Word:
-    """The physical address of the uppermost table: 32-byte aligned with PAE, else 4-KByte."""
-    return npt.ncr3 & (FRAME | 0xFE0) if npt.levels == 3 else npt.ncr3 & FRAME
+    """The physical address of the uppermost table: of 32 bits in legacy modes, where that of PAE is
+    32-byte aligned, all others 4-KByte.
+    """
+    if npt.levels == 3:
+        return npt.ncr3 & 0xFFFF_FFE0
+    return npt.ncr3 & (0xFFFF_F000 if npt.levels == 2 else FRAME)
 
 
 def page_offset(npt: Npt, level: int) -> Word:
@@ -114,7 +118,8 @@ def entry_address(npt: Npt, table: Word, gpa: Word, level: int) -> Word:
     """
     if npt.levels == 2:
         return table | (gpa >> (12 + 10 * (level - 1)) & 0x3FF) << 2
-    return table | (gpa >> (12 + 9 * (level - 1)) & 0x1FF) << 3
+    last_index = 0x1FF if has_rights(npt, level) else 3
+    return table | (gpa >> (12 + 9 * (level - 1)) & last_index) << 3
 
 
 def load(npt: Npt, memory: Memory, address: Word) -> Word:
