@@ -12,7 +12,7 @@ from random import Random
 from struct import unpack
 
 from vapama.runs import Concrete, DrawName, recorded
-from vapama.spec.domains import Domain, Take
+from vapama.spec.domains import Domain, Take, narrowed
 from vapama.spec.nondet import Reject
 
 
@@ -62,12 +62,12 @@ class Group:
         self.names = tuple(name for name, _ in draws)
         parts, known = [], {}
         for i, (name, domain) in enumerate(draws):
-            narrowed = narrow.get(name, domain)
-            if narrowed.among or narrowed.bias is not None:
-                known[f"decode{i}"] = narrowed.decode
+            less = narrowed(domain, narrow.get(name))
+            if less.among or less.bias is not None:
+                known[f"decode{i}"] = less.decode
                 parts.append(f"decode{i}(take)")
             else:
-                parts.append(f"{narrowed.fixed} | take() & {narrowed.free}")
+                parts.append(f"{less.fixed} | take() & {less.free}")
         self.decode: Callable[[Take], tuple[int, ...]] = eval(
             f"lambda take: ({', '.join(parts)},)", known
         )

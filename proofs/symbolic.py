@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import z3
 
 from vapama.spec import domains
-from vapama.spec.domains import Domain
+from vapama.spec.domains import Domain, narrowed
 from vapama.spec.nondet import Nondet, Reject
 from vapama.spec.words import WORD
 
@@ -496,7 +496,7 @@ class Explorer(Nondet):
 
     def word(self, name: str, domain: Domain = domains.ANY) -> Any:
         """A fresh symbol that ranges over the domain."""
-        domain = self.narrow.get(name, domain)
+        domain = narrowed(domain, self.narrow.get(name))
         values = (domain.free, domain.fixed, *domain.among)
         if min(values) < 0 or max(values) > WORD:
             raise Unfaithful(f"the domain of {name} is not of 64-bit words")

@@ -85,6 +85,26 @@ class Domain:
         return self.scope[:width] or self.among or corners
 
 
+def narrowed(domain: Domain, by: Domain | None) -> Domain:
+    """The values of `domain` that a subject can take, which says by another domain what it can take
+    of a draw of this name: in other paging modes the same register is of another domain.
+    """
+    if by is None or by is domain:
+        return domain
+    if domain.among or by.among:
+        values = tuple(v for v in by.among or domain.among if domain.holds(v) and by.holds(v))
+        scope = tuple(v for v in by.scope if v in values)
+        return Domain(among=values, scope=scope) if values else domain
+    free = domain.free & (by.free | by.fixed)
+    fixed, bias = domain.fixed, by.bias
+    return Domain(
+        free=free,
+        fixed=fixed,
+        bias=(lambda raw: bias(raw) & free | fixed) if bias is not None else None,
+        scope=tuple(dict.fromkeys(value & free | fixed for value in domain.scope)),
+    )
+
+
 def _decoder(domain: Domain) -> Callable[[Take], Word]:
     free, fixed, among, bias = domain.free, domain.fixed, domain.among, domain.bias
     if among:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 
-from vapama.spec import ept, npt, paging
+from vapama.spec import ept, modes, npt, paging
 from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu
+from vapama.spec.cpu import LAM_SUP, LAM_U48, LAM_U57, Cpu, reserved_in_pdptes
 from vapama.spec.memory import Memory
+from vapama.spec.modes import Mode
 from vapama.spec.outcomes import (
     PK,
     RSVD,
+    SS,
     EptMisconfiguration,
     EptViolation,
     I,
@@ -28,7 +30,7 @@ from vapama.spec.words import is_canonical
 STRUCTURES = {5: "PML5E", 4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
 SIZES = {1: "4 KBytes", 2: "2 MBytes", 3: "1 GByte"}
 Names = Sequence[tuple[int, str]]
-ERROR_BITS: Names = ((P, "P"), (W, "W"), (U, "U"), (RSVD, "RSVD"), (I, "I"), (PK, "PK"))
+ERROR_BITS: Names = ((P, "P"), (W, "W"), (U, "U"), (RSVD, "RSVD"), (I, "I"), (PK, "PK"), (SS, "SS"))
 EXITINFO1_BITS: Names = (
     *ERROR_BITS[:5],
     (npt.SS, "SS"),
@@ -73,20 +75,43 @@ def explain_access(cpu: Cpu, memory: Memory, access: Access) -> Iterator[str]:
     """The walk of one access, line by line, from its control state to its outcome."""
     yield f"access   {describe_access(access)}"
     yield f"control  {describe_cpu(cpu)}"
-    if not is_canonical(access.address, paging.address_width(cpu.levels)):
-        yield f"         not canonical with {paging.address_width(cpu.levels)}-bit addresses"
-    else:
-        yield f"CR3      {cpu.cr3:#x}: the root table is at {cpu.cr3 & paging.FRAME:#x}"
-        for step in paging.path(cpu, memory, access.address):
-            yield _describe_step(cpu, access, step)
-    yield f"outcome  {describe_outcome(paging.translate(cpu, memory, access))}"
+    mode = cpu.mode
+    address = paging.linear_address(cpu, mode, access)
+    if address != access.address:
+        yield f"         its address is taken for {address:#x}"
+    if mode.width > 32 and not is_canonical(address, mode.width):
+        yield f"         not canonical with {mode.width}-bit addresses"
+    elif mode is modes.PAE:
+        yield f"PDPTE    {_describe_pdpte(cpu, memory, address)}"
+    elif mode is not modes.OFF:
+        yield f"CR3      {cpu.cr3:#x}: the root table is at {cpu.cr3 & mode.root:#x}"
+    if mode.width == 32 or is_canonical(address, mode.width):
+        for step in paging.path(cpu, memory, address):
+            yield _describe_step(cpu, address, step)
+    yield f"outcome  {describe_outcome(paging.translate(cpu, memory, access), mode)}"
+
+
+def _describe_pdpte(cpu: Cpu, memory: Memory, address: int) -> str:
+    """The PDPTE for an address: which it is, where it stands, and where it leads."""
+    pdpte = paging.pdpte_for(cpu, memory, address)
+    number = address >> 30
+    if isinstance(pdpte, OutsideMemory):
+        return f"{number} at {pdpte.address:#x}: outside memory"
+    where = f"{number}, a register," if cpu.pdptes is not None else f"{number} in memory"
+    text = f"{where} = {pdpte:#018x}"
+    if not pdpte & paging.PRESENT:
+        return text + "  <- not present: stops here"
+    if reserved := pdpte & reserved_in_pdptes(cpu.maxphyaddr):
+        return text + f"  <- reserved bits {reserved:#x} are set: stops here"
+    return text + f"  -> table at {pdpte & paging.FRAME:#x}"
 
 
 def describe_access(access: Access) -> str:
     """An access in words."""
     what = "write" if access.write else "fetch" if access.fetch else "read"
     who = "user" if access.user else "implicit supervisor" if access.implicit else "supervisor"
-    return f"{who} {what} at {access.address:#018x}"
+    where = " of a shadow stack" if access.shadow_stack else ""
+    return f"{who} {what}{where} at {access.address:#018x}"
 
 
 def describe_cpu(cpu: Cpu) -> str:
@@ -101,18 +126,23 @@ def describe_cpu(cpu: Cpu) -> str:
             ("EFER.NXE", cpu.nxe),
             (f"CR4.PKE (PKRU {cpu.pkru:#x})", cpu.pke),
             (f"CR4.PKS (IA32_PKRS {cpu.pkrs:#x})", cpu.pks),
-            ("1-GByte pages", cpu.page1gb),
+            ("CR4.CET", cpu.cet),
+            ("CR4.LAM_SUP", cpu.long_mode and cpu.cr4 & LAM_SUP),
+            ("CR3.LAM_U57", cpu.long_mode and cpu.cr3 & LAM_U57),
+            ("CR3.LAM_U48", cpu.long_mode and cpu.cr3 & LAM_U48),
+            ("PSE-36", cpu.pse36 and cpu.mode is modes.TWO_LEVEL_PSE),
+            ("1-GByte pages", cpu.page1gb and cpu.long_mode),
         )
         if value
     ]
-    return f"{cpu.levels}-level paging, MAXPHYADDR {cpu.maxphyaddr}, {', '.join(on) or 'no more'}"
+    return f"{cpu.mode.name}, MAXPHYADDR {cpu.maxphyaddr}, {', '.join(on) or 'no more'}"
 
 
-def describe_outcome(outcome: Outcome) -> str:
-    """An outcome in words."""
+def describe_outcome(outcome: Outcome, mode: Mode = modes.FIVE_LEVEL) -> str:
+    """An outcome in words, in a paging mode of which the size of a page depends."""
     match outcome:
         case Translated(pa, level, updates):
-            size = f", a page of {SIZES[level]}" if level in SIZES else ""
+            size = f", a page of {_size(mode, level)}" if level in SIZES else ""
             return f"translated to {pa:#x}{size}" + _marked("; sets", updates)
         case PageFault(code, updates, open_bits):
             text = f"#PF, error code {_named(code, ERROR_BITS)}{_undecided(open_bits)}"
@@ -151,20 +181,28 @@ def _marked(verb: str, updates: Sequence[Update]) -> str:
     return f"{verb} {flags}" if flags else ""
 
 
-def _describe_step(cpu: Cpu, access: Access, step: paging.Step) -> str:
-    level, address, entry = step
-    index = (access.address >> (12 + 9 * (level - 1))) & 0x1FF
-    text = f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#018x}  {_bits(entry)}"
+def _describe_step(cpu: Cpu, linear: int, step: paging.Step) -> str:
+    (level, address, entry), mode = step, cpu.mode
+    this = mode.level(level)
+    index = linear >> this.shift & this.mask
+    digits = 2 + 2 * mode.entry_bytes
+    text = (
+        f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#0{digits}x}  {_bits(entry)}"
+    )
     if not entry & paging.PRESENT:
         return text + "  <- not present: stops here"
     reserved = entry & (paging.reserved_anywhere(cpu) | paging.reserved_at(cpu, entry, level))
     if reserved:
         return text + f"  <- reserved bits {reserved:#x} are set: stops here"
-    if paging.maps_a_page(entry, level):
-        page = entry & paging.FRAME & ~paging.page_offset(level)
-        key = f", key {entry >> 59 & 0xF}" if cpu.pke | cpu.pks else ""
-        return text + f"  -> page of {SIZES[level]} at {page:#x}{key}"
+    if paging.maps_a_page(entry, level, mode):
+        page = paging.frame(mode, entry, this)
+        key = f", key {entry >> 59 & 0xF}" if cpu.long_mode & (cpu.pke | cpu.pks) else ""
+        return text + f"  -> page of {_size(mode, level)} at {page:#x}{key}"
     return text + f"  -> table at {entry & paging.FRAME:#x}"
+
+
+def _size(mode: Mode, level: int) -> str:
+    return "4 MBytes" if mode.entry_bytes == 4 and level == 2 else SIZES[level]
 
 
 def _bits(entry: int) -> str:

@@ -15,7 +15,7 @@ from vapama.case import Case, make_case
 from vapama.spec import domains, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
-from vapama.spec.domains import Domain
+from vapama.spec.domains import Domain, narrowed
 from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import Invariant, Nondet, Reject
 from vapama.spec.outcomes import Outcome
@@ -71,7 +71,7 @@ class Concrete(Nondet):
 
     def word(self, name: str, domain: Domain = domains.ANY) -> int:
         """A drawn word."""
-        value = self.draw(name, self.narrow.get(name, domain))
+        value = self.draw(name, narrowed(domain, self.narrow.get(name)))
         self.trail.append((name, value))
         return value
 

@@ -1,5 +1,6 @@
 """Domains: every form of a domain describes the same values."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -10,6 +11,7 @@ from vapama.fuzz.decoded import RandomDraws
 from vapama.oracles.unicorn import NARROW
 from vapama.runs import Replay
 from vapama.spec import domains
+from vapama.spec.cpu import PKS
 from vapama.spec.domains import ESCAPE, Domain
 from vapama.spec.invariants.rights import RIGHTS, WHICH
 from vapama.spec.invariants.walk import DIFFERENCE
@@ -123,3 +125,14 @@ def test_draws_give_what_they_are_the_draws_of(name: str) -> None:
     for seed in range(200):
         drawn = getattr(RandomDraws(Random(seed)), name)()
         assert getattr(Replay(draws_of(drawn)), name)() == drawn
+
+
+def test_a_domain_is_narrowed_to_what_a_subject_can_take() -> None:
+    takes = replace(domains.CR4, free=domains.CR4.free & ~PKS)
+    assert domains.narrowed(domains.CR4, takes).free == takes.free
+    # The same register in 32-bit paging, where PAE is 0: no state is made that cannot be.
+    legacy = domains.narrowed(domains.CR4_32, takes)
+    assert (legacy.free, legacy.fixed) == (domains.CR4_32.free & takes.free, 0)
+    assert all(legacy.holds(value) for value in legacy.scope)
+    assert domains.narrowed(domains.MAXPHYADDR, Domain(among=(40, 99))).among == (40,)
+    assert domains.narrowed(domains.CR4, None) is domains.CR4
