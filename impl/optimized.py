@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as np_typing
 
 from vapama.impl.kernels import ept, legacy, long_mode, npt
+from vapama.impl.vmm import Vmm
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LMA, LME, PAE, PE, PG, Cpu
 from vapama.spec.memory import Memory, Sparse
@@ -24,6 +25,7 @@ from vapama.spec.outcomes import (
     Update,
 )
 from vapama.spec.stage import Ept, Stage
+from vapama.spec.steps import Plan
 from vapama.spec.subject import (
     EFFECTS,
     ERROR_CODE,
@@ -35,6 +37,7 @@ from vapama.spec.subject import (
     SECOND_STAGE,
     SECOND_STAGE_MANY,
     UPDATES,
+    VMM,
     Capabilities,
     NotCovered,
 )
@@ -149,7 +152,7 @@ class Optimized:
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
-        | {SECOND_STAGE, SECOND_STAGE_MANY},
+        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM},
         symbolic=True,
     )
 
@@ -234,6 +237,10 @@ class Optimized:
         )
         results = zip(gpas, statuses, values, strict=True)
         return [stage_outcome(stage, gpa, status, value) for gpa, status, value in results]
+
+    def vmm(self, plan: Plan) -> Vmm:
+        """A hypervisor at power-on."""
+        return Vmm(plan)
 
 
 def _kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:

@@ -4,11 +4,12 @@ A subject is anything with `capabilities` and `translate`. It says what it can o
 invariant compares only that.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from vapama.spec.access import Access, GuestPhysicalAccess
+from vapama.spec.anatomy import MachineView
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
@@ -24,6 +25,7 @@ from vapama.spec.outcomes import (
     Update,
 )
 from vapama.spec.stage import Stage
+from vapama.spec.steps import Plan, Seen, Step
 from vapama.spec.words import Condition, Word
 
 # What a subject can be able to observe.
@@ -49,6 +51,8 @@ SECOND_STAGE = "second_stage"
 """Has `second_stage`: it translates guest-physical addresses."""
 SECOND_STAGE_MANY = "second_stage_many"
 """Has `second_stage_many`."""
+VMM = "vmm"
+"""Has `vmm`: it runs programs of guest and host steps as a hypervisor."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,33 @@ class SecondStageBatchSubject(SecondStageSubject, Protocol):
         self, stage: Stage, memory: Memory, gpas: Sequence[Word], access: GuestPhysicalAccess
     ) -> list[Outcome]:
         """The outcomes of `access` at each of `gpas`; no flags are set on the way."""
+
+
+class Hypervisor(Protocol):
+    """A hypervisor's memory subsystem at work, with all that its guests have."""
+
+    def do(self, step: Step) -> Seen:
+        """Make a step, and say what was seen of it."""
+
+    def word(self, guest: int, address: Word) -> Word:
+        """A guest's word at an aligned guest-physical address in a slot, as the host has it."""
+
+    def view(self) -> MachineView:
+        """All that an audit looks at."""
+
+    def watch(self, freed: Callable[[int], None], synced: Callable[[int, int], None]) -> None:
+        """Have `freed` told of each frame just before it is freed, and `synced` of each root, by
+        guest and frame, just after all below it was synchronized.
+        """
+
+
+class HypervisorSubject(Protocol):
+    """A subject that runs programs as a hypervisor."""
+
+    capabilities: Capabilities
+
+    def vmm(self, plan: Plan) -> Hypervisor:
+        """The hypervisor at power-on."""
 
 
 class NotCovered(Exception):

@@ -1,0 +1,204 @@
+"""A guest as its hypervisor keeps it: memory slots, dirty logs, processors, and what they must do.
+
+In the manner of Linux KVM (virt/kvm/kvm_main.c): a guest frame is found in a memory slot, the slot
+leads to a page of the guest's backing, and that is in a frame of machine memory or brought into
+one. What maps guest frames for a real core to walk is the guest's MMU: see `vapama.impl.shadow` and
+`vapama.impl.tdp`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vapama.impl.hardware import Frames, Ram
+from vapama.impl.host import Backing
+from vapama.spec.cpu import Cpu
+from vapama.spec.outcomes import NonCanonical, OutsideMemory, PageFault
+from vapama.spec.steps import GuestPlan, Plan, Seen, Slot
+
+FLUSH, SYNC, RELOAD = 1, 2, 4
+"""What a virtual processor must do before it enters the guest again: drop all that its core has
+cached, synchronize its shadow tables, find a new root."""
+EMULATE = "emulate"
+WORD = (1 << 64) - 1
+
+
+class NotRam(Exception):
+    """A guest frame that is in no memory slot was needed, for the entry at this address."""
+
+    def __init__(self, address: int) -> None:
+        super().__init__(f"no memory slot holds {address:#x}")
+        self.address = address
+
+
+class SlotState:
+    """A memory slot in use, with its dirty log."""
+
+    __slots__ = ("dirty", "end", "gfn", "log", "number", "page", "readonly")
+
+    def __init__(self, number: int, slot: Slot) -> None:
+        self.number, self.readonly = number, slot.readonly
+        self.gfn, self.end = slot.gfn, slot.gfn + slot.pages
+        self.page = slot.page
+        self.log = False
+        self.dirty: set[int] = set()
+
+
+class Vcpu:
+    """A virtual processor: the guest's control state, the core it runs on, what it must yet do."""
+
+    __slots__ = ("context", "core", "cpu", "device_page", "exits", "number", "requests")
+
+    def __init__(self, number: int, cpu: Cpu, core: Any) -> None:
+        self.number, self.cpu, self.core = number, cpu, core
+        self.requests = RELOAD | FLUSH
+        self.exits = 0
+        self.context: Any = None
+        """What the guest's MMU keeps for this processor."""
+        self.device_page: tuple[int, int, int, int] | None = None
+        """The page last found to be a device's: linear page, gfn, rights, generation of slots."""
+
+
+class Guest:
+    """A guest: its memory slots and their backing, its processors, its MMU."""
+
+    def __init__(
+        self,
+        number: int,
+        plan: Plan,
+        own: GuestPlan,
+        ram: Ram,
+        frames: Frames,
+        mmu: Callable[["Guest"], Any],
+    ) -> None:
+        self.number, self.ram, self.plan = number, ram, plan
+        self.frames = frames
+        self.backing = Backing(frames)
+        self.backing.notify.append(self.revoked)
+        self.slots: dict[int, SlotState] = {}
+        self.generation = 0
+        self.known: dict[int, int] = {}
+        """Frames by gfn, as they were found last, to read; dropped when they are revoked."""
+        self.flushes = 0
+        self.synced: Callable[[int], None] | None = None
+        """Told the frame of each root below which all was synchronized."""
+        for slot_number, slot in own.slots.items():
+            self.slots[slot_number] = SlotState(slot_number, slot)
+        self.vcpus: list[Vcpu] = []
+        self.mmu = mmu(self)
+        for i, cpu in enumerate(own.vcpus):
+            self.vcpus.append(Vcpu(i, cpu, self.mmu.new_core()))
+        for vcpu in self.vcpus:
+            self.mmu.power_on(vcpu)
+        for address, word in own.image.items():
+            self.put(address, word)
+
+    # From guest frames to frames of machine memory.
+
+    def slot_of(self, gfn: int) -> SlotState | None:
+        """The slot that holds a guest frame."""
+        for slot in self.slots.values():
+            if slot.gfn <= gfn < slot.end:
+                return slot
+        return None
+
+    def frame_of(self, slot: SlotState, gfn: int, write: bool) -> tuple[int, bool]:
+        """The frame of a slot's guest frame, made present, and whether it may be written."""
+        frame, writable = self.backing.fault(slot.page + gfn - slot.gfn, write)
+        return frame, writable and not slot.readonly
+
+    def __getitem__(self, index: int) -> int:
+        """The guest's word with this index, as a walk of its tables reads it. Raises `NotRam`."""
+        gfn = index >> 9
+        frame = self.known.get(gfn)
+        if frame is None:
+            slot = self.slot_of(gfn)
+            if slot is None:
+                raise NotRam(index << 3)
+            frame = self.known[gfn] = self.frame_of(slot, gfn, write=False)[0]
+        return self.ram[frame << 9 | index & 511]
+
+    def put(self, address: int, word: int) -> None:
+        """Write an aligned word of the guest's memory, which is then dirty. Raises `NotRam`."""
+        gfn = address >> 12
+        slot = self.slot_of(gfn)
+        if slot is None:
+            raise NotRam(address)
+        page = slot.page + gfn - slot.gfn
+        frame, _ = self.backing.fault(page, True)
+        self.backing.written(page)
+        self.ram[frame << 9 | address >> 3 & 511] = word
+        self.mark_dirty(slot, gfn)
+
+    def peek(self, address: int) -> int:
+        """The word at an aligned address in a slot, wherever it is; nothing changes by it."""
+        slot = self.slot_of(address >> 12)
+        assert slot is not None
+        page, place = slot.page + (address >> 12) - slot.gfn, address >> 3 & 511
+        frame = self.backing.frame.get(page)
+        if frame is None:
+            return self.backing.copies.get(page, {}).get(place, 0)
+        return self.ram[frame << 9 | place]
+
+    def mark_dirty(self, slot: SlotState, gfn: int) -> None:
+        """Note a write in the slot's dirty log, if it has one."""
+        if slot.log:
+            slot.dirty.add(gfn)
+
+    def revoked(self, page: int) -> None:
+        """The host is about to change what a page of the backing is mapped to."""
+        for slot in self.slots.values():
+            gfn = slot.gfn + page - slot.page
+            if slot.gfn <= gfn < slot.end:
+                self.known.pop(gfn, None)
+                self.mmu.revoke(gfn)
+
+    # Flushes.
+
+    def flush(self) -> None:
+        """Have every processor drop what its core has cached, before it enters the guest."""
+        self.flushes += 1
+        for vcpu in self.vcpus:
+            vcpu.requests |= FLUSH
+
+    # Memory slots and dirty logs.
+
+    def set_slot(self, number: int, slot: Slot | None) -> None:
+        """Create, move, change or delete a slot: nothing that was known of its frames remains."""
+        old = self.slots.get(number)
+        self.known.clear()
+        if old is not None:
+            self.mmu.slot_gone(old)
+            del self.slots[number]
+        if slot is not None:
+            self.slots[number] = SlotState(number, slot)
+        self.generation = (self.generation + 1) % self.plan.generations
+        self.mmu.slots_changed(wrapped=self.generation == 0)
+
+    def log(self, number: int, on: bool) -> None:
+        """Start or stop a slot's dirty log."""
+        slot = self.slots.get(number)
+        if slot is None or slot.readonly or slot.log == on:
+            return
+        slot.log = on
+        slot.dirty.clear()
+        if on:
+            self.mmu.protect_slot(slot)
+
+    def harvest(self, number: int) -> frozenset[int]:
+        """The guest frames written since the last harvest; from now on they are watched again."""
+        slot = self.slots.get(number)
+        if slot is None or not slot.log:
+            return frozenset()
+        dirty = frozenset(slot.dirty)
+        slot.dirty.clear()
+        self.mmu.watch_again(slot, dirty)
+        return dirty
+
+
+def reflected(status: int, value: int) -> Seen:
+    """A guest's own fault, as its walk's kernel tells it."""
+    if status == 8:
+        return PageFault(value)
+    if status == 9:
+        return NonCanonical()
+    return OutsideMemory(value)

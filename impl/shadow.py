@@ -1,0 +1,939 @@
+"""Shadow page tables: a guest's own paging, served by tables of the hypervisor's.
+
+In the manner of Linux KVM (Documentation/virt/kvm/x86/mmu.rst, arch/x86/kvm/mmu/mmu.c and
+paging_tmpl.h). A shadow page is a table of the real processor's that stands for one of the guest's
+(or, if direct, for a range of its memory), under a role: all that its entries depend on besides the
+guest's table. An entry (SPTE) is made when the guest first needs it.
+
+What keeps them true: a table that is shadowed is mapped read-only, so that a store to it leaves the
+guest and drops what was made of it. Tables of the lowest level may go unsync instead: writable, and
+read again when the guest invalidates its TLB, as a processor would. The guest's accessed and dirty
+flags are set as its table is walked; a page that is not dirty is mapped read-only until it is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vapama.impl.guest import (
+    EMULATE,
+    FLUSH,
+    RELOAD,
+    SYNC,
+    Guest,
+    SlotState,
+    Vcpu,
+    reflected,
+)
+from vapama.impl.hardware import LIMIT_WORDS, Core
+from vapama.impl.kernels import long_mode
+from vapama.spec.anatomy import Anatomy, ProcessorView, Role
+from vapama.spec.cpu import Cpu
+from vapama.spec.steps import Seen
+
+# SPTE bits: the real processor's, and two of the software's.
+PRESENT, WRITABLE, USER, ACCESSED, DIRTY, LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
+HOST_WRITABLE, MMU_WRITABLE = 1 << 9, 1 << 10
+"""The host lets the page be written; the MMU does too, unless it is write-protected for a log."""
+NX = 1 << 63
+FRAME = 0x000F_FFFF_FFFF_F000
+LINK = PRESENT | WRITABLE | USER | ACCESSED
+"""An SPTE that leads to a shadow page takes no rights away: leaves have all that there is."""
+DEVICE = PRESENT | 1 << 51
+"""An SPTE of a device's page has a reserved bit set: bits 62:52 are the generation of the slots,
+bits 50:12 the guest frame, and W, U and NX the guest's rights to it."""
+DEVICE_GFN, DEVICE_GENERATION = (1 << 39) - 1, (1 << 11) - 1
+# Rights, as words.
+X, W, U = 1, 2, 4
+ALL = X | W | U
+# Role bits above the level (3:0) and the rights inherited (6:4).
+DIRECT, EFER_NX, CR0_WP, SMEP_NOT_WP, SMAP_NOT_WP = 1 << 7, 1 << 8, 1 << 9, 1 << 10, 1 << 11
+LEVEL, ACCESS = 0xF, 4
+CACHED_ROOTS = 3
+FLOODED = 3
+"""Stores to a shadowed table, with no use of it in between, after which it is given up."""
+PREFETCH = 8
+"""Entries, of an aligned group, that are looked at when one of them is needed."""
+
+
+class Page:
+    """A shadow page: a table of the real processor's in frame `frame`."""
+
+    __slots__ = (
+        "access",
+        "base",
+        "direct",
+        "frame",
+        "gfn",
+        "invalid",
+        "level",
+        "parents",
+        "role",
+        "roots",
+        "unsync",
+        "unsync_children",
+        "used",
+        "writes",
+    )
+
+    def __init__(self, frame: int, gfn: int, role: int) -> None:
+        self.frame, self.base, self.gfn, self.role = frame, frame << 9, gfn, role
+        self.level, self.access, self.direct = role & LEVEL, role >> ACCESS & ALL, role & DIRECT
+        self.unsync = self.invalid = False
+        self.unsync_children: set[int] = set()
+        """SPTEs of this page, by index in memory, below which something is unsync."""
+        self.parents: dict[int, Page] = {}
+        """The SPTEs that lead here, and the pages they are in."""
+        self.used: set[int] = set()
+        """Indices in memory of the SPTEs that are not 0."""
+        self.roots = 0
+        """How many processors have it as a root, in use or cached."""
+        self.writes = 0
+
+
+class Context:
+    """What the MMU keeps for a virtual processor."""
+
+    __slots__ = ("cached", "cr3", "mode", "reserved", "role", "root")
+
+    def __init__(self) -> None:
+        self.root: Page | None = None
+        self.role = self.cr3 = self.mode = self.reserved = 0
+        self.cached: list[tuple[int, int, Page]] = []
+        """Roots of before, the latest first: CR3, role and page."""
+
+
+class ShadowMmu:
+    """The shadow MMU of one guest."""
+
+    large_pages: Any = None
+    """Says up to which level a slot's guest frame may be mapped by one SPTE; 1 if there is none."""
+
+    def __init__(self, guest: Guest, kernels: Any = long_mode) -> None:
+        self.guest, self.kernels = guest, kernels
+        self.ram, self.frames = guest.ram, guest.frames
+        self.pages: dict[int, Page] = {}
+        """Shadow pages in use by frame, the oldest first."""
+        self.by_role: dict[tuple[int, int], Page] = {}
+        self.shadowing: dict[int, list[Page]] = {}
+        """Indirect shadow pages by the guest frame of the table they shadow."""
+        self.zapped_roots: dict[int, Page] = {}
+        """Invalid pages that are some processor's root still."""
+        self.rmap: dict[int, set[int]] = {}
+        """SPTEs that map a guest frame at a level, by ``gfn << 2 | level``."""
+        self.mapped: dict[int, int] = {}
+        """The guest frame that an SPTE maps, by index in memory."""
+        self.doomed: list[Page] = []
+        """Zapped pages, to be freed after the flush."""
+        self.path = [0] * 6
+        self.gptes = [0] * 6
+        self.blank = self.frames.take()
+        """An empty table: the root while CR3 names no memory."""
+
+    # Processors.
+
+    def new_core(self) -> Core:
+        """A core for a virtual processor."""
+        return Core(self.ram, self.kernels)
+
+    def power_on(self, vcpu: Vcpu) -> None:
+        """Prepare a processor's context."""
+        vcpu.context = Context()
+        self._controls(vcpu)
+
+    def _controls(self, vcpu: Vcpu) -> None:
+        """Take in the guest's control registers, and set those that the core runs with."""
+        cpu, context, k = vcpu.cpu, vcpu.context, self.kernels
+        context.mode = k.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
+        context.reserved = k.reserved_word(cpu.efer, cpu.maxphyaddr)
+        context.cr3 = cpu.cr3
+        not_wp = cpu.wp ^ 1
+        context.role = (
+            cpu.levels
+            | ALL << ACCESS
+            | cpu.nxe * EFER_NX
+            | cpu.wp * CR0_WP
+            | (cpu.smep & not_wp) * SMEP_NOT_WP
+            | (cpu.smap & not_wp) * SMAP_NOT_WP
+        )
+        root = self.blank if context.root is None else context.root.frame
+        vcpu.core.control(real_cpu(cpu, self.guest.plan.host_maxphyaddr), root << 12, pcid(cpu))
+
+    def enter(self, vcpu: Vcpu) -> None:
+        """Do what was asked of a processor before it runs the guest on."""
+        context = vcpu.context
+        if vcpu.requests & RELOAD or context.root is None or context.root.invalid:
+            self._load_root(vcpu)
+        if vcpu.requests & SYNC:
+            vcpu.requests &= ~SYNC
+            vcpu.device_page = None
+            if context.root is not None:
+                self._sync_children(vcpu, context.root)
+                if self.guest.synced is not None:
+                    self.guest.synced(context.root.frame)
+        if vcpu.requests & FLUSH:
+            vcpu.core.forget_all()
+        vcpu.requests = 0
+
+    def _load_root(self, vcpu: Vcpu) -> None:
+        """Find or make the root for CR3 and the role; its core then knows nothing of before."""
+        context = vcpu.context
+        self._reclaim_if_needed()
+        self._put_root(context.root)
+        context.root = None
+        for entry in [e for e in context.cached if e[2].invalid]:
+            context.cached.remove(entry)
+            self._put_root(entry[2])
+        gfn = context.cr3 >> 12 & FRAME >> 12
+        if self.guest.slot_of(gfn) is not None:
+            root = self._get_page(vcpu, gfn, context.role)
+            root.roots += 1
+            context.root = root
+        vcpu.requests |= SYNC | FLUSH
+        self._controls(vcpu)
+
+    def _put_root(self, root: Page | None) -> None:
+        if root is None:
+            return
+        root.roots -= 1
+        if root.roots == 0 and root.invalid:
+            del self.zapped_roots[root.frame]
+            self.doomed.append(root)
+            self._commit(flush=False)
+
+    def moved(self, vcpu: Vcpu, register: str, old: Cpu, new: Cpu, keep: bool) -> None:
+        """A control register was written (SDM Vol. 3A, 4.10.4.1)."""
+        context = vcpu.context
+        before = context.role
+        if register == "cr3":
+            self._switch(vcpu, old, new)
+            if not keep:
+                vcpu.core.forget_pcid(pcid(new))
+                vcpu.requests |= SYNC
+            vcpu.device_page = None
+            return
+        self._controls(vcpu)
+        if context.role != before:
+            # All of these registers' bits that matter to a role change it, and so the root.
+            self._unload(vcpu)
+        elif register == "cr4" and (old.cr4 ^ new.cr4) & (1 << 7 | 1 << 17 | 1 << 20):
+            self._unload(vcpu)
+        if register in {"cr0", "cr4", "efer"}:
+            vcpu.device_page = None
+
+    def _unload(self, vcpu: Vcpu) -> None:
+        """Let go of the root and of the cached ones: the next entry finds a new one."""
+        context = vcpu.context
+        roots = [context.root, *(page for _, _, page in context.cached)]
+        context.root, context.cached = None, []
+        for root in roots:
+            self._put_root(root)
+        vcpu.requests |= RELOAD
+
+    def _switch(self, vcpu: Vcpu, old: Cpu, new: Cpu) -> None:
+        """MOV to CR3: take a cached root if there is one."""
+        context = vcpu.context
+        cached: list[tuple[int, int, Page]] = context.cached
+        root, role = context.root, context.role
+        if root is not None and not root.invalid:
+            cached.insert(0, (old.cr3, role, root))
+        elif root is not None:
+            self._put_root(root)
+        context.root = None
+        for entry in cached:
+            if entry[0] == new.cr3 and entry[1] == role and not entry[2].invalid:
+                cached.remove(entry)
+                context.root = entry[2]
+                break
+        else:
+            vcpu.requests |= RELOAD
+        while len(cached) > CACHED_ROOTS:
+            self._put_root(cached.pop()[2])
+        self._controls(vcpu)
+
+    # Invalidations that the guest asks for.
+
+    def invlpg(self, vcpu: Vcpu, address: int) -> None:
+        """INVLPG: bring what serves this address in every root up to date."""
+        vcpu.core.forget(address)
+        context = vcpu.context
+        for root in [context.root, *(page for _, _, page in context.cached)]:
+            if root is not None and not root.invalid:
+                self._sync_address(vcpu, root, address)
+
+    def invpcid(self, vcpu: Vcpu, kind: int, of: int, address: int) -> None:
+        """INVPCID; see `steps.Invpcid`."""
+        context, current = vcpu.context, pcid(vcpu.cpu)
+        if kind >= 2:
+            vcpu.core.forget_all()
+        elif kind == 1:
+            vcpu.core.forget_pcid(of)
+        else:
+            vcpu.core.forget_of(of, address)
+        if kind >= 2 or of == current:
+            vcpu.requests |= SYNC
+        for cr3, _, root in list(context.cached):
+            if (kind >= 2 or cr3 & 0xFFF == of) and not root.invalid:
+                self._sync_children(vcpu, root)
+
+    def _sync_address(self, vcpu: Vcpu, root: Page, address: int) -> None:
+        page = root
+        while True:
+            index = page.base | address >> 3 + 9 * page.level & 511
+            spte = self.ram[index]
+            if page.unsync and spte:
+                if self._sync_spte(vcpu, page, index):
+                    self.guest.flush()
+                return
+            if page.level == 1 or not spte & PRESENT or spte & LARGE:
+                return
+            page = self.pages[spte >> 12 & FRAME >> 12]
+
+    # The guest's own tables.
+
+    def walk(self, vcpu: Vcpu, address: int, word: int) -> tuple[int, int]:
+        """The guest's translation of an access: (status, value) as the kernel has it.
+
+        Sets the guest's accessed and dirty flags; a table in read-only memory keeps what it has.
+        The entries are left in `gptes`, by level. Raises `NotRam`.
+        """
+        guest, context, cpu, path = self.guest, vcpu.context, vcpu.cpu, self.path
+        status, value = self.kernels.walk(
+            guest,
+            LIMIT_WORDS,
+            context.mode,
+            context.reserved,
+            context.cr3,
+            cpu.pkru,
+            cpu.pkrs,
+            address,
+            word,
+            path,
+        )
+        if status > 3:
+            return status, value
+        need = ACCESSED
+        for level in range(cpu.levels, status - 1, -1):
+            index = path[level]
+            entry = guest[index]
+            if level == status and word & 2:
+                need |= DIRTY
+            if entry & need != need:
+                slot = guest.slot_of(index >> 9)
+                if slot is not None and not slot.readonly:
+                    entry |= need
+                    guest.put(index << 3, entry)
+            self.gptes[level] = entry
+        return status, value
+
+    def permits(self, vcpu: Vcpu, rights: int, word: int) -> bool:
+        """Whether the guest's control state lets an access have a page with these rights."""
+        cpu = vcpu.cpu
+        write, user, fetch = word >> 1 & 1, word >> 2 & 1, word >> 4 & 1
+        if user and not rights & U:
+            return False
+        if write and not rights & W:
+            # Where CR0.WP lets it pass all the same, the walk has a dirty flag to set.
+            return False
+        if fetch and not rights & X:
+            return False
+        if not user and rights & U:
+            if fetch:
+                return not cpu.smep
+            return not cpu.smap or (cpu.ac == 1 and not word & 1)
+        return True
+
+    # The fault path.
+
+    def fault(
+        self, vcpu: Vcpu, address: int, word: int, status: int, code: int
+    ) -> Seen | str | None:
+        """An access that the core could not translate: what the guest sees of it, `EMULATE`, or
+        None for one to be made again. Raises `NotRam`.
+        """
+        if status == long_mode.NONCANONICAL:
+            return reflected(status, code)
+        assert status == long_mode.FAULT, "a shadow table leads outside of memory"
+        if code & 8 and self._is_device(vcpu, address, word):
+            return EMULATE
+
+        # THE GUEST'S TRANSLATION
+        level, gpa = self.walk(vcpu, address, word)
+        if level > 3:
+            self.invlpg(vcpu, address)  # a page fault drops what is cached of its address
+            return reflected(level, gpa)
+        rights = self._rights(vcpu, level)
+        leaf_rights = rights[level]
+        write = word & 2
+        if not write and not self.gptes[level] & DIRTY:
+            leaf_rights &= ~W
+
+        # THE FRAME
+        guest, gfn = self.guest, gpa >> 12
+        slot = guest.slot_of(gfn)
+        if slot is not None and write and slot.readonly:
+            return EMULATE
+        if slot is not None:
+            frame, writable = guest.frame_of(slot, gfn, write != 0)
+            if write and not leaf_rights & W and not word & 4 and not vcpu.cpu.wp:
+                if leaf_rights & U and vcpu.cpu.smap:
+                    # Made a supervisor's page, it would be open to accesses that SMAP must stop.
+                    return EMULATE
+                if vcpu.cpu.smep and leaf_rights & U:
+                    leaf_rights &= ~X
+                leaf_rights = leaf_rights & ~U | W
+        self._reclaim_if_needed()
+
+        # THE SHADOW PAGES ON THE WAY
+        page: Page = vcpu.context.root
+        while page.level > level:
+            index = page.base | address >> 3 + 9 * page.level & 511
+            table = self.gptes[page.level] >> 12 & FRAME >> 12
+            page = self._child(vcpu, page, index, table, rights[page.level], 0)
+        goal = 1
+        if slot is not None and self.large_pages is not None:
+            goal = min(level, self.large_pages(slot, gfn))
+        while page.level > goal:
+            index = page.base | address >> 3 + 9 * page.level & 511
+            start = gfn & ~((1 << 9 * (page.level - 1)) - 1)
+            page = self._child(vcpu, page, index, start, leaf_rights, DIRECT)
+
+        # THE LEAF
+        index = page.base | address >> 3 + 9 * page.level & 511
+        if slot is None:
+            self._set_device(page, index, gfn, leaf_rights)
+            vcpu.device_page = (address >> 12, gfn, leaf_rights, guest.generation)
+            return EMULATE
+        if self._map(page, index, slot, gfn, frame, leaf_rights, writable):
+            if write:
+                return EMULATE
+        elif page.level == 1 and not page.direct:
+            self._prefetch(vcpu, page, index)
+        return None
+
+    def _rights(self, vcpu: Vcpu, level: int) -> list[int]:
+        """The rights that are left at each level of the guest's walk, that level included."""
+        rights = [ALL] * 6
+        left = ALL
+        for at in range(vcpu.cpu.levels, level - 1, -1):
+            left &= rights_of(self.gptes[at])
+            rights[at] = left
+        return rights
+
+    def _child(
+        self, vcpu: Vcpu, page: Page, index: int, gfn: int, access: int, direct: int
+    ) -> Page:
+        """The shadow page that an SPTE leads to, made and linked if there is none."""
+        spte = self.ram[index]
+        if spte & PRESENT and not spte & (LARGE | 1 << 51):
+            child = self.pages[spte >> 12 & FRAME >> 12]
+            child.writes = 0
+            if not direct or child.access == access:
+                return child
+            # A direct page was made for other rights: the guest's large page changed.
+            self._unlink(index, child)
+            self.guest.flush()
+        role = page.role & ~(LEVEL | ALL << ACCESS | DIRECT) | (page.level - 1) | access << ACCESS
+        child = self._get_page(vcpu, gfn, role | direct)
+        if child.unsync_children:
+            # What was not present may be present now: the guest need not invalidate to see it.
+            self._sync_children(vcpu, child)
+        self._link(page, index, child)
+        return child
+
+    def _link(self, page: Page, index: int, child: Page) -> None:
+        if self.ram[index]:
+            self._drop(page, index)
+            self.guest.flush()
+        self.ram[index] = child.frame << 12 | LINK
+        page.used.add(index)
+        child.parents[index] = page
+        if child.unsync or child.unsync_children:
+            self._mark_unsync_above(child)
+
+    def _unlink(self, index: int, child: Page) -> None:
+        """Clear an SPTE that leads to a shadow page."""
+        page = child.parents.pop(index)
+        self.ram.pop(index, None)
+        page.used.discard(index)
+        self._clear_unsync(page, index)
+
+    # Shadow pages.
+
+    def _get_page(self, vcpu: Vcpu, gfn: int, role: int) -> Page:
+        """The shadow page for a guest frame under a role."""
+        direct, level = role & DIRECT, role & LEVEL
+        if not direct and level > 1:
+            # A table of an upper level is write-protected: no page of it may stay unsync.
+            for other in list(self.shadowing.get(gfn, ())):
+                if other.unsync:
+                    self._zap(other)
+            self._commit(flush=False)
+        page = self.by_role.get((gfn, role))
+        if page is not None:
+            page.writes = 0
+            if page.unsync and self._sync_page(vcpu, page):
+                self.guest.flush()
+            return page
+        page = Page(self.frames.take(), gfn, role)
+        self.pages[page.frame] = page
+        self.by_role[gfn, role] = page
+        if not direct:
+            self.shadowing.setdefault(gfn, []).append(page)
+            if self._write_protect(gfn):
+                self.guest.flush()
+        return page
+
+    def _zap(self, page: Page) -> None:
+        """Take a shadow page out of use; `_commit` frees it after the flush."""
+        if page.invalid:
+            return
+        for index in list(page.unsync_children):
+            child = self.pages.get(self.ram[index] >> 12 & FRAME >> 12)
+            if child is not None:
+                self._zap_unsync(child)
+        for index in list(page.used):
+            self._drop(page, index)
+        for index in list(page.parents):
+            self._unlink(index, page)
+        del self.pages[page.frame]
+        del self.by_role[page.gfn, page.role]
+        if not page.direct:
+            sharing = self.shadowing[page.gfn]
+            sharing.remove(page)
+            if not sharing:
+                del self.shadowing[page.gfn]
+        page.unsync = False
+        page.invalid = True
+        if page.roots:
+            self.zapped_roots[page.frame] = page
+            for vcpu in self.guest.vcpus:
+                vcpu.requests |= RELOAD
+        else:
+            self.doomed.append(page)
+
+    def _zap_unsync(self, page: Page) -> None:
+        """Zap what is unsync at or below a page."""
+        for index in list(page.unsync_children):
+            child = self.pages.get(self.ram[index] >> 12 & FRAME >> 12)
+            if child is not None:
+                self._zap_unsync(child)
+        if page.unsync:
+            self._zap(page)
+
+    def _commit(self, flush: bool) -> None:
+        """Flush, if anything was zapped or `flush` says so, and then free what was zapped."""
+        if not self.doomed and not flush:
+            return
+        self.guest.flush()
+        for page in self.doomed:
+            self.frames.give(page.frame)
+        self.doomed.clear()
+
+    def _reclaim_if_needed(self) -> None:
+        most = self.guest.plan.shadow_pages
+        if len(self.pages) > most:
+            self.reclaim(len(self.pages) - most + 4)
+
+    def reclaim(self, count: int) -> None:
+        """Free the oldest pages that are no root."""
+        for page in list(self.pages.values()):
+            if count <= 0:
+                break
+            if not page.roots and not page.invalid:
+                self._zap(page)
+                count -= 1
+        self._commit(flush=False)
+
+    def zap_all(self) -> None:
+        """Zap every shadow page."""
+        for page in list(self.pages.values()):
+            self._zap(page)
+        self._commit(flush=True)
+
+    # SPTEs.
+
+    def _entries(self, page: Page) -> Iterator[tuple[int, int]]:
+        for index in list(page.used):
+            yield index, self.ram[index]
+
+    def _drop(self, page: Page, index: int) -> int:
+        """Clear an SPTE, whatever it is; returns what it was."""
+        spte = self.ram[index]
+        if spte & PRESENT and not spte & 1 << 51:
+            if page.level > 1 and not spte & LARGE:
+                self._unlink(index, self.pages[spte >> 12 & FRAME >> 12])
+                return spte
+            gfn = self.mapped.pop(index)
+            self._account(gfn, spte)
+            key = gfn << 2 | page.level
+            sptes = self.rmap[key]
+            sptes.discard(index)
+            if not sptes:
+                del self.rmap[key]
+        self.ram.pop(index, None)
+        page.used.discard(index)
+        return spte
+
+    def _account(self, gfn: int, spte: int) -> None:
+        """Tell the backing of a page that was written through an SPTE which is to go."""
+        if spte & DIRTY:
+            slot = self.guest.slot_of(gfn)
+            if slot is not None:
+                self.guest.backing.written(slot.page + gfn - slot.gfn)
+
+    def _map(
+        self,
+        page: Page,
+        index: int,
+        slot: SlotState,
+        gfn: int,
+        frame: int,
+        access: int,
+        writable: bool,
+        prefetch: bool = False,
+    ) -> bool:
+        """Make an SPTE map a guest frame. True if a shadowed table there forbade writing."""
+        level = page.level
+        first = gfn & ~((1 << 9 * (level - 1)) - 1)
+        old = self.ram[index]
+        if old & PRESENT and not old & 1 << 51:
+            linked = level > 1 and not old & LARGE
+            if linked or old & FRAME != (frame << 12) & ~((1 << 3 + 9 * level) - 1):
+                self._drop(page, index)
+                self.guest.flush()
+                old = 0
+        else:
+            old = 0
+        spte, protected = self._spte(
+            page, slot, first, frame, access, writable, old, prefetch, True
+        )
+        if old:
+            if self._update(slot, gfn, index, old, spte):
+                self.guest.flush()
+        else:
+            self.ram[index] = spte
+            page.used.add(index)
+            self.mapped[index] = first
+            self.rmap.setdefault(first << 2 | level, set()).add(index)
+        return protected
+
+    def _spte(
+        self,
+        page: Page,
+        slot: SlotState,
+        gfn: int,
+        frame: int,
+        access: int,
+        writable: bool,
+        old: int,
+        prefetch: bool,
+        may_unsync: bool,
+    ) -> tuple[int, bool]:
+        """An SPTE that gives rights to a frame, and whether a shadowed table forbade writing."""
+        level = page.level
+        spte = PRESENT | (frame << 12) & ~((1 << 3 + 9 * level) - 1)
+        if not prefetch:
+            spte |= ACCESSED
+        if level > 1:
+            spte |= LARGE
+        if not access & X:
+            spte |= NX
+        if access & U:
+            spte |= USER
+        if not writable:
+            return spte, False
+        spte |= HOST_WRITABLE
+        if not access & W:
+            return spte, False
+        if not old & WRITABLE and self._stays_protected(gfn, level, prefetch, may_unsync):
+            return spte, True
+        self.guest.mark_dirty(slot, gfn)
+        return spte | WRITABLE | MMU_WRITABLE, False
+
+    def _update(self, slot: SlotState, gfn: int, index: int, old: int, spte: int) -> bool:
+        """Change an SPTE that maps the same frame as before. True if a flush is needed: if rights
+        were taken away, which a core may still have cached.
+        """
+        spte |= old & (ACCESSED | DIRTY)
+        if old & WRITABLE and not spte & WRITABLE:
+            self._account(gfn, old)
+            spte &= ~DIRTY
+        self.ram[index] = spte
+        return bool(old & ~spte & (WRITABLE | USER) or spte & ~old & NX)
+
+    def _stays_protected(self, gfn: int, level: int, prefetch: bool, may_unsync: bool) -> bool:
+        """Whether a guest frame must not be made writable, since a table in it is shadowed.
+
+        Tables of the lowest level go unsync instead, if they may.
+        """
+        shadowing = self.shadowing
+        if level > 1:
+            return any(gfn <= g < gfn + (1 << 9 * (level - 1)) for g in shadowing)
+        pages = shadowing.get(gfn)
+        if not pages:
+            return False
+        if not may_unsync or any(page.level > 1 for page in pages):
+            return True
+        if prefetch and not all(page.unsync for page in pages):
+            return True
+        for page in pages:
+            if not page.unsync:
+                page.unsync = True
+                self._mark_unsync_above(page)
+        return False
+
+    def _mark_unsync_above(self, page: Page) -> None:
+        for index, parent in page.parents.items():
+            if index not in parent.unsync_children:
+                parent.unsync_children.add(index)
+                self._mark_unsync_above(parent)
+
+    def _clear_unsync(self, page: Page, index: int) -> None:
+        """An SPTE of the page has nothing unsync below it any more."""
+        if index in page.unsync_children:
+            page.unsync_children.discard(index)
+            if not page.unsync_children and not page.unsync:
+                for above, parent in page.parents.items():
+                    self._clear_unsync(parent, above)
+
+    def _write_protect(self, gfn: int) -> bool:
+        """Take the right to write from every SPTE that maps a guest frame. True if any had it."""
+        any_had = False
+        for level in (1, 2, 3):
+            first = gfn & ~((1 << 9 * (level - 1)) - 1)
+            for index in self.rmap.get(first << 2 | level, ()):
+                spte = self.ram[index]
+                if spte & WRITABLE:
+                    any_had = True
+                    self._account(gfn, spte)
+                    self.ram[index] = spte & ~(WRITABLE | DIRTY)
+        return any_had
+
+    # Devices.
+
+    def _set_device(self, page: Page, index: int, gfn: int, access: int) -> None:
+        """Make an SPTE say that the page is a device's."""
+        if self.ram[index] & PRESENT and not self.ram[index] & 1 << 51:
+            self._drop(page, index)
+            self.guest.flush()
+        spte = DEVICE | gfn << 12 | self.guest.generation << 52 | access & (W | U)
+        if not access & X:
+            spte |= NX
+        self.ram[index] = spte
+        page.used.add(index)
+
+    def _is_device(self, vcpu: Vcpu, address: int, word: int) -> bool:
+        """Whether a reserved-bit fault is a device's SPTE, of this generation, with the rights."""
+        page: Page | None = vcpu.context.root
+        while page is not None:
+            spte = self.ram[page.base | address >> 3 + 9 * page.level & 511]
+            if spte & DEVICE == DEVICE:
+                break
+            if page.level == 1 or not spte & PRESENT or spte & LARGE:
+                return False
+            page = self.pages.get(spte >> 12 & FRAME >> 12)
+        else:
+            return False
+        if spte >> 52 & DEVICE_GENERATION != self.guest.generation:
+            return False
+        rights = spte & (W | U) | (spte >> 63 ^ 1)
+        if not self.permits(vcpu, rights, word):
+            return False
+        vcpu.device_page = (address >> 12, spte >> 12 & DEVICE_GFN, rights, self.guest.generation)
+        return True
+
+    # Unsync pages.
+
+    def _sync_children(self, vcpu: Vcpu, page: Page) -> None:
+        """Bring all that is unsync at or below a page up to date, and protect it again."""
+        flush = False
+        for stale in list(self._unsync_below(page)):
+            if stale.invalid or not stale.unsync:
+                continue
+            if self._write_protect(stale.gfn):
+                flush = True
+            stale.unsync = False
+            for index, parent in stale.parents.items():
+                self._clear_unsync(parent, index)
+            if self._sync_page(vcpu, stale):
+                flush = True
+        if flush:
+            self.guest.flush()
+
+    def _unsync_below(self, page: Page) -> Iterator[Page]:
+        if page.unsync:
+            yield page
+        for index in list(page.unsync_children):
+            child = self.pages.get(self.ram[index] >> 12 & FRAME >> 12)
+            if child is not None:
+                yield from self._unsync_below(child)
+
+    def _sync_page(self, vcpu: Vcpu, page: Page) -> bool:
+        """Read the guest's table again for every SPTE there is. True if a flush is needed."""
+        flush = False
+        for index in list(page.used):
+            if self._sync_spte(vcpu, page, index):
+                flush = True
+        return flush
+
+    def _sync_spte(self, vcpu: Vcpu, page: Page, index: int) -> bool:
+        """Read the guest's entry again for an SPTE. True if a flush is needed."""
+        old = self.ram[index]
+        gpte = self.guest[page.gfn << 9 | index & 511]
+        if not gpte & PRESENT or not gpte & ACCESSED or gpte & vcpu.context.reserved:
+            self._drop(page, index)
+            return not old & 1 << 51
+        gfn = gpte >> 12 & FRAME >> 12
+        access = page.access & rights_of(gpte)
+        if not gpte & DIRTY:
+            access &= ~W
+        slot = self.guest.slot_of(gfn)
+        if old & 1 << 51:
+            self._drop(page, index)
+            if slot is None:
+                self._set_device(page, index, gfn, access)
+            return False
+        if self.mapped[index] != gfn or slot is None:
+            self._drop(page, index)
+            return True
+        frame, writable = old >> 12 & FRAME >> 12, bool(old & HOST_WRITABLE)
+        spte, _ = self._spte(
+            page, slot, gfn, frame, access, writable, old, prefetch=True, may_unsync=False
+        )
+        return self._update(slot, gfn, index, old, spte)
+
+    def _prefetch(self, vcpu: Vcpu, page: Page, index: int) -> None:
+        """Map what the guest's neighbouring entries map, where the host has it at hand."""
+        first = index & ~(PREFETCH - 1)
+        for near in range(first, first + PREFETCH):
+            if self.ram[near]:
+                continue
+            gpte = self.guest[page.gfn << 9 | near & 511]
+            if not gpte & PRESENT or not gpte & ACCESSED or gpte & vcpu.context.reserved:
+                continue
+            gfn = gpte >> 12 & FRAME >> 12
+            access = page.access & rights_of(gpte)
+            if not gpte & DIRTY:
+                access &= ~W
+            slot = self.guest.slot_of(gfn)
+            if slot is None or (slot.log and access & W):
+                continue
+            backed = slot.page + gfn - slot.gfn
+            frame = self.guest.backing.frame.get(backed)
+            if frame is None:
+                continue
+            writable = not slot.readonly and backed not in self.guest.backing.readonly
+            self._map(page, near, slot, gfn, frame, access, writable, prefetch=True)
+
+    # What the VMM asks for.
+
+    def written(self, gpa: int, size: int) -> None:
+        """The hypervisor stored to a guest's memory for it: what was made of tables there goes."""
+        gfn = gpa >> 12
+        dropped = False
+        for page in list(self.shadowing.get(gfn, ())):
+            page.writes += 1
+            flooded = page.level > 1 and page.writes >= FLOODED
+            if flooded or size < 8 or gpa & 7:
+                self._zap(page)
+                continue
+            index = page.base | gpa >> 3 & 511
+            if index in page.used:
+                self._drop(page, index)
+                dropped = True
+        self._commit(flush=dropped)
+
+    def revoke(self, gfn: int) -> None:
+        """The host takes a guest frame's page away: no SPTE may map it any more."""
+        dropped = False
+        for level in (1, 2, 3):
+            first = gfn & ~((1 << 9 * (level - 1)) - 1)
+            for index in list(self.rmap.get(first << 2 | level, ())):
+                self._drop(self.pages[index >> 9], index)
+                dropped = True
+        if dropped:
+            self.guest.flush()
+
+    def protect_slot(self, slot: SlotState) -> None:
+        """Start to watch a slot for writes."""
+        flush = False
+        for gfn in range(slot.gfn, slot.end):
+            flush |= self._write_protect(gfn)
+        if flush:
+            self.guest.flush()
+
+    def watch_again(self, slot: SlotState, gfns: frozenset[int]) -> None:
+        """Watch guest frames for writes that were found written."""
+        flush = False
+        for gfn in gfns:
+            flush |= self._write_protect(gfn)
+        if flush:
+            self.guest.flush()
+
+    def slot_gone(self, slot: SlotState) -> None:
+        """A slot is going: no SPTE may map its frames, and no page shadow a table in it."""
+        for gfn in range(slot.gfn, slot.end):
+            self.revoke(gfn)
+        for page in list(self.pages.values()):
+            if slot.gfn <= page.gfn < slot.end and not page.direct:
+                self._zap(page)
+        self._commit(flush=False)
+
+    def slots_changed(self, wrapped: bool) -> None:
+        """The memory slots have a new generation, the first again if it `wrapped`."""
+        if wrapped:
+            for vcpu in self.guest.vcpus:
+                vcpu.device_page = None
+            self.zap_all()
+
+    def anatomy(self) -> Anatomy:
+        """What an audit looks at."""
+        guest = self.guest
+        return Anatomy(
+            guest.plan.design,
+            guest.slots,
+            guest.backing.frame,
+            guest.backing.copies,
+            guest.backing.readonly,
+            self.pages,
+            self.zapped_roots,
+            self.rmap,
+            guest.generation,
+            [self._processor_view(vcpu) for vcpu in guest.vcpus],
+            (self.blank,),
+            role_view,
+        )
+
+    def _processor_view(self, vcpu: Vcpu) -> ProcessorView:
+        context, core = vcpu.context, vcpu.core
+        roots = [context.root, *(page for _, _, page in context.cached)]
+        return ProcessorView(
+            vcpu.cpu,
+            [0 if page is None else page.frame for page in roots],
+            bool(vcpu.requests & (FLUSH | RELOAD)),
+            bool(vcpu.requests & SYNC),
+            core.cached,
+            core.upper,
+        )
+
+
+def role_view(role: int) -> Role:
+    """A role as an audit reads it."""
+    return Role(role >> 8 & 1, role >> 9 & 1, role >> 10 & 1, role >> 11 & 1)
+
+
+def rights_of(entry: int) -> int:
+    """The rights of a guest's entry."""
+    return entry & (W | U) | (entry >> 63 ^ 1)
+
+
+def pcid(cpu: Cpu) -> int:
+    """The current PCID: 0 without CR4.PCIDE."""
+    return cpu.cr3 & 0xFFF if cpu.cr4 >> 17 & 1 else 0
+
+
+def real_cpu(cpu: Cpu, maxphyaddr: int) -> Cpu:
+    """The control registers that a core runs the guest with: write protection and NX always on."""
+    return Cpu._make(
+        cpu._replace(cr0=cpu.cr0 | 1 << 16, efer=cpu.efer | 1 << 11, maxphyaddr=maxphyaddr)
+    )

@@ -1,0 +1,148 @@
+"""What an audit needs to see of a hypervisor's memory subsystem: its real tables, and its books.
+
+A hypervisor shows these by the names here; the objects may be its own. Indices count 8-byte words
+of machine memory; frames are pages of it.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from vapama.spec.cpu import Cpu
+from vapama.spec.words import Word
+
+
+class Role(NamedTuple):
+    """What the meaning of a shadow page's entries depends on besides the guest's table: EFER.NX,
+    CR0.WP, and SMEP and SMAP with CR0.WP=0; how many bytes an entry of the guest's has.
+    """
+
+    nx: int
+    wp: int
+    smep_not_wp: int
+    smap_not_wp: int
+    entry_bytes: int = 8
+    quadrant: int = 0
+
+
+class TablePage(Protocol):
+    """A table of the hypervisor's, for hardware to walk.
+
+    `direct` tables map a range of the guest's memory from frame `gfn` on; others shadow the guest's
+    table at `gfn`. `access` are the rights inherited from above (X 1, W 2, U 4). `parents` are the
+    indices of the entries that lead here, `unsync_children` of its own entries below which a page
+    is `unsync`. `roots` is how many processors hold it as a root.
+    """
+
+    frame: int
+    gfn: int
+    level: int
+    access: int
+    role: int
+    direct: int
+    unsync: bool
+    invalid: bool
+    roots: int
+
+    @property
+    def parents(self) -> Collection[int]:
+        """Indices of the entries that lead here."""
+
+    @property
+    def unsync_children(self) -> Collection[int]:
+        """Indices of its entries below which a page is unsync."""
+
+
+class SlotView(Protocol):
+    """A memory slot: guest frames from `gfn` to before `end`, backed from `page` on; whether it is
+    read-only; whether writes are logged, and the guest frames in its log.
+    """
+
+    @property
+    def gfn(self) -> int:
+        """Its first guest frame."""
+
+    @property
+    def end(self) -> int:
+        """The guest frame after its last."""
+
+    @property
+    def page(self) -> int:
+        """The page of the backing that is its first."""
+
+    @property
+    def readonly(self) -> bool:
+        """Stores to it go to a device."""
+
+    @property
+    def log(self) -> bool:
+        """Writes to it are logged."""
+
+    @property
+    def dirty(self) -> Collection[int]:
+        """The guest frames in its log."""
+
+
+class Cached(NamedTuple):
+    """A translation that a core has cached.
+
+    `rights` are those of all levels together (X 1, W 2, U 4), and `frame` is where the page begins
+    that an entry of `level` maps.
+    """
+
+    pcid: int
+    address: Word
+    level: int
+    frame: int
+    rights: int
+
+
+class ProcessorView(NamedTuple):
+    """A virtual processor.
+
+    `roots` are the frames of its roots, that in use first (0 if there is none); `flush` and `sync`
+    say what it will do before it enters the guest again; `upper` are entries of upper levels that
+    its core has cached, by index.
+    """
+
+    cpu: Cpu
+    roots: Sequence[int]
+    flush: bool
+    sync: bool
+    cached: Callable[[], Iterable[Cached]]
+    upper: Mapping[int, Word]
+
+
+class Anatomy(NamedTuple):
+    """A guest's memory as its hypervisor keeps it.
+
+    `backed` are the frames of backing pages, `shared` the pages that must not be written in place,
+    `swapped` the words of pages that are in no frame.
+    `tables` are the tables in use by frame, and `dying` those that are some processor's root still.
+    `rmap` has, by ``gfn << 2 | level``, the indices of the entries that map a guest frame.
+    `generation` is that of the memory slots, for devices' entries. `extra` are frames taken for
+    another purpose. `role_of` explains the `role` of a table.
+    """
+
+    design: str
+    slots: Mapping[int, SlotView]
+    backed: Mapping[int, int]
+    swapped: Mapping[int, Mapping[int, Word]]
+    shared: Collection[int]
+    tables: Mapping[int, TablePage]
+    dying: Mapping[int, TablePage]
+    rmap: Mapping[int, Collection[int]] | None
+    generation: int
+    processors: Sequence[ProcessorView]
+    extra: Collection[int]
+    role_of: Callable[[int], Role]
+
+
+class MachineView(NamedTuple):
+    """All of a machine: its words by index, the frames that are free and how many there are, its
+    guests.
+    """
+
+    memory: Mapping[int, Word]
+    free: Collection[int]
+    frames: int
+    guests: Sequence[Anatomy]

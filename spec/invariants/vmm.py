@@ -1,0 +1,172 @@
+"""Invariants of a hypervisor's memory subsystem: transparency, isolation, and what carries them.
+
+Each runs a program of guest and host steps, a word a step (`spec.programs`), on the subject and on
+the machine that a guest believes in. The rules of the tables are those of `spec.shadow`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vapama.spec import programs, shadow
+from vapama.spec.domains import Domain
+from vapama.spec.machine import Machine
+from vapama.spec.nondet import Nondet, invariant
+from vapama.spec.outcomes import NonCanonical, OutsideMemory, PageFault
+from vapama.spec.steps import (
+    SHADOW,
+    Harvest,
+    Harvested,
+    Loaded,
+    Log,
+    Plan,
+    Seen,
+    Step,
+    Store,
+    Stored,
+)
+from vapama.spec.words import Word
+
+DESIGNS = (SHADOW,)
+STYLE = Domain(free=(1 << 29) - 1, scope=(0x8864,))
+"""What a program has in mind; see `programs.plan`."""
+LENGTH = Domain(free=63, scope=(2,))
+"""How many steps a program has."""
+STEP = Domain(
+    scope=(0x0000_0000_0000_0001, 0x70, 0x48, 0xA8, 0xC0, 0xD8, 0xE0, 0xF6),
+)
+"""A step; see `programs.decode`. In the scope: a load, an edit of a table, a store, INVLPG, MOV to
+CR3, a page swapped out, a page migrated, tables reclaimed."""
+NAMES = tuple(f"step {number}" for number in range(64))
+SOURCE = "Linux, Documentation/virt/kvm/x86/mmu.rst; Intel SDM Vol. 3A, chapter 4"
+SEARCHED = "a program over objects; the steps are proved in spec/invariants/shadow_models.py"
+
+
+Run = tuple[Machine, Step, Seen]
+
+
+def drawn_plan(nondet: Nondet) -> tuple[Word, Plan]:
+    """A machine of any design, and the style of the program to be run on it."""
+    style = nondet.word("style", STYLE)
+    return style, programs.plan(style, nondet.one_of("design", DESIGNS))
+
+
+def program(
+    nondet: Nondet, style: Word, plan: Plan, hypervisor: Any, *prelude: Step
+) -> Iterator[Run]:
+    """Draw a program and run it, each step judged by the machine that the guests believe in."""
+    machine = Machine(plan)
+    look = hypervisor.word
+    for step in prelude:
+        seen = hypervisor.do(step)
+        machine.check(step, seen, look)
+        yield machine, step, seen
+    for number in range(nondet.word("steps", LENGTH)):
+        step = programs.decode(nondet.word(NAMES[number], STEP), machine, style)
+        seen = hypervisor.do(step)
+        machine.check(step, seen, look)
+        yield machine, step, seen
+
+
+@invariant(
+    source=SOURCE,
+    reaches=(
+        "value loaded",
+        "stored",
+        "stored to a device",
+        "page fault",
+        "non-canonical address",
+        "table outside memory",
+    ),
+    needs=("vmm",),
+    twin="the-dirty-flag-of-a-page-is-not-waited-for",
+    searched=SEARCHED,
+)
+def each_guest_sees_what_its_own_machine_allows(nondet: Nondet, subject: Any) -> None:
+    """Transparency: whatever guests and host do, each load, store and fault of a guest is one that
+    a machine of its own could show, which knows nothing of a hypervisor or of other guests.
+    """
+    style, plan = drawn_plan(nondet)
+    for _, _, seen in program(nondet, style, plan, subject.vmm(plan)):
+        match seen:
+            case Loaded():
+                nondet.reach("value loaded")
+            case Stored(devices):
+                nondet.reach("stored to a device" if devices else "stored")
+            case PageFault():
+                nondet.reach("page fault")
+            case NonCanonical():
+                nondet.reach("non-canonical address")
+            case OutsideMemory():
+                nondet.reach("table outside memory")
+
+
+@invariant(
+    source=SOURCE,
+    reaches=("compared",),
+    needs=("vmm",),
+    twin="a-swapped-page-keeps-its-old-copy",
+    searched=SEARCHED,
+)
+def no_guest_reaches_what_is_not_its_own(nondet: Nondet, subject: Any) -> None:
+    """Isolation: after any program every word of every guest is what that guest's own steps made
+    of it, wherever the host has put it.
+    """
+    style, plan = drawn_plan(nondet)
+    hypervisor = subject.vmm(plan)
+    machine = Machine(plan)
+    for ran, _, _ in program(nondet, style, plan, hypervisor):
+        machine = ran
+    for number, guest in enumerate(machine.guests):
+        for word, value in guest.map.backing.items():
+            for address in guest.map.addresses(word):
+                nondet.reach("compared")
+                there = hypervisor.word(number, address)
+                assert there == value, f"guest {number} has {there:#x} at {address:#x}"
+
+
+@invariant(
+    source=SOURCE,
+    reaches=("audited",),
+    needs=("vmm",),
+    twin="a-new-shadow-page-leaves-its-table-writable",
+    searched=SEARCHED,
+)
+def the_tables_satisfy_every_rule_after_every_step(nondet: Nondet, subject: Any) -> None:
+    """Structure: an audit of the real tables, from scratch, finds every rule of `spec.shadow` met
+    after every step; frames are freed when no core can use them; a sync leaves nothing unsync.
+    """
+    style, plan = drawn_plan(nondet)
+    hypervisor = subject.vmm(plan)
+
+    def when_synced(number: int, root: int) -> None:
+        shadow.synced(hypervisor.view(), number, root)
+
+    hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), when_synced)
+    for _ in program(nondet, style, plan, hypervisor):
+        nondet.reach("audited")
+        for violation in shadow.audit(hypervisor.view()):
+            raise violation
+
+
+@invariant(
+    source="Linux, Documentation/virt/kvm/api.rst, 4.8 (KVM_GET_DIRTY_LOG)",
+    reaches=("a frame was written",),
+    needs=("vmm",),
+    twin="a-harvested-page-is-not-watched-again",
+    searched=SEARCHED,
+)
+def a_dirty_log_names_every_page_written(nondet: Nondet, subject: Any) -> None:
+    """A harvest names at least the guest frames of its slot that were written since the last one,
+    by stores and by the accessed and dirty flags of the guest's own tables.
+    """
+    style, plan = drawn_plan(nondet)
+    hypervisor = subject.vmm(plan)
+    logs = [Log(guest, slot, True) for guest in (0, 1) for slot in (0, 1)]
+    for machine, step, seen in program(nondet, style, plan, hypervisor, *logs):
+        if isinstance(step, Store) and isinstance(seen, Stored):
+            for slot in (0, 1):
+                harvest = Harvest(step.guest, slot)
+                gathered = hypervisor.do(harvest)
+                if isinstance(gathered, Harvested) and gathered.gfns:
+                    nondet.reach("a frame was written")
+                machine.check(harvest, gathered, hypervisor.word)

@@ -1,0 +1,439 @@
+"""The machine that a guest believes in: its memory is its own, and nobody is below.
+
+A `Machine` is a checker. It is told each step of a program and what was seen of it, says whether
+the architecture allows that, and follows what was seen where it leaves a choice (a translation that
+may still be cached, accessed flags set early), so that later steps are judged from what really
+happened. What the host does is no step of this machine: it changes nothing, but for the memory
+slots, which are the guest's memory map.
+
+Guests share nothing here: that each sees what its own machine allows is isolation, as it is
+transparency. Source: Intel SDM Vol. 3A, chapter 4; `spec.tlb` for what may be cached.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
+
+from vapama.spec.access import Access
+from vapama.spec.cpu import Cpu
+from vapama.spec.outcomes import (
+    NonCanonical,
+    Outcome,
+    OutsideMemory,
+    PageFault,
+    Translated,
+    Update,
+    kind,
+)
+from vapama.spec.steps import (
+    DeviceWrite,
+    Done,
+    GuestPlan,
+    Harvest,
+    Harvested,
+    Invlpg,
+    Invpcid,
+    Load,
+    Loaded,
+    Log,
+    Move,
+    Plan,
+    Seen,
+    SetSlot,
+    Slot,
+    Step,
+    Store,
+    Stored,
+    device_word,
+)
+from vapama.spec.tlb import History, Processor
+from vapama.spec.words import WORD, Word, low_bits
+
+Look: TypeAlias = Callable[[int, Word], Word]
+"""The word that the subject has for a guest at a guest-physical address, after the step."""
+
+
+class Departure(AssertionError):
+    """What was seen is not what the architecture allows."""
+
+
+class Piece(NamedTuple):
+    """The part of an access that lies in one page: its address, its bytes, where they belong."""
+
+    address: Word
+    size: int
+    shift: int
+
+
+class Way(NamedTuple):
+    """One way that an access may go: the outcome of each piece, and the flags it has to set."""
+
+    outcomes: tuple[Outcome, ...]
+    must: tuple[Update, ...]
+
+
+class Edge:
+    """The limit of a memory with holes: every address that is in no slot lies at it or beyond."""
+
+    def __init__(self, of: "Map") -> None:
+        self.map = of
+
+    def __le__(self, address: Word) -> bool:
+        return self.map.slot_of(address >> 12) is None
+
+
+class Map:
+    """A guest's memory map, as the memory of its walks: words of the backing by address."""
+
+    def __init__(self, slots: dict[int, Slot], backing: dict[int, Word]) -> None:
+        self.slots, self.backing = slots, backing
+        self.limit: Any = Edge(self)
+
+    def slot_of(self, gfn: int) -> Slot | None:
+        """The memory slot that a guest frame is in."""
+        for slot in self.slots.values():
+            if slot.gfn <= gfn < slot.gfn + slot.pages:
+                return slot
+        return None
+
+    def word_of(self, address: Word) -> int:
+        """Which word of the backing is at an address, which is in a slot."""
+        slot = self.slot_of(address >> 12)
+        assert slot is not None
+        return (slot.page - slot.gfn << 9) + (address >> 3)
+
+    def load(self, address: Word) -> Word:
+        """The word at an aligned address, which is in a slot."""
+        return self.backing.get(self.word_of(address), 0)
+
+    def addresses(self, word: int) -> Iterator[Word]:
+        """Every address at which a word of the backing is."""
+        for slot in self.slots.values():
+            if slot.page <= word >> 9 < slot.page + slot.pages:
+                yield (slot.gfn - slot.page << 12) + (word << 3)
+
+
+class GuestMachine:
+    """One guest: its memory, with all that it held, and its processors."""
+
+    def __init__(self, plan: GuestPlan) -> None:
+        self.map = Map(dict(plan.slots), {})
+        for address, word in plan.image.items():
+            self.map.backing[self.map.word_of(address)] = word
+        self.dirty: dict[int, set[int]] = {}
+        """Guest frames written since the last harvest, by memory slot whose log is on."""
+        self.history = History(Map(self.map.slots, {}))
+        for address, word in plan.image.items():
+            for alias in self.map.addresses(self.map.word_of(address)):
+                self.history.write(alias, word)
+        self.processors = [Processor(self.history, cpu) for cpu in plan.vcpus]
+
+    def set_slot(self, number: int, slot: Slot | None) -> None:
+        """The memory map changes: what a slot gives and takes is written at its addresses."""
+        old = self.map.slots.pop(number, None)
+        self.dirty.pop(number, None)
+        if slot is not None:
+            self.map.slots[number] = slot
+        for changed, there in ((old, False), (slot, True)):
+            if changed is not None:
+                shift = changed.gfn - changed.page << 12
+                for index, word in self.map.backing.items():
+                    if changed.page <= index >> 9 < changed.page + changed.pages:
+                        self.history.write((index << 3) + shift, word if there else 0)
+
+    def load(self, address: Word) -> Word:
+        """The word at an aligned guest-physical address: a device's, if no memory is there."""
+        if self.map.slot_of(address >> 12) is None:
+            return device_word(address)
+        return self.map.load(address)
+
+    def write(self, address: Word, word: Word) -> None:
+        """Put a word into memory, at every address that it has."""
+        index = self.map.word_of(address)
+        if self.map.backing.get(index, 0) == word:
+            return
+        self.map.backing[index] = word
+        for alias in self.map.addresses(index):
+            self.history.write(alias, word)
+
+    def wrote(self, address: Word) -> None:
+        """Note that the guest frame at an address was written."""
+        for number, slot in self.map.slots.items():
+            if slot.gfn <= address >> 12 < slot.gfn + slot.pages:
+                self.dirty.get(number, set()).add(address >> 12)
+
+    def log(self, number: int, on: bool) -> None:
+        """The dirty log of a memory slot is started or stopped."""
+        if not on:
+            self.dirty.pop(number, None)
+        elif number in self.map.slots:
+            self.dirty.setdefault(number, set())
+
+    def harvest(self, number: int, seen: Seen) -> None:
+        """A log names at least every guest frame written since the last. Raises `Departure`."""
+        written = self.dirty.get(number, set())
+        missing = written - seen.gfns if isinstance(seen, Harvested) else written
+        if missing or not isinstance(seen, Harvested):
+            raise Departure(f"the dirty log of slot {number} lacks frames {sorted(missing)}")
+        written.clear()
+
+
+class Machine:
+    """The guests of a plan, each as it believes to be."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.guests = [GuestMachine(guest) for guest in plan.guests]
+
+    def check(self, step: Step, seen: Seen, look: Look) -> None:
+        """Judge what was seen of a step, and follow it. Raises `Departure`."""
+        match step:
+            case Load(guest, vcpu, access):
+                _Judged(self.guests[guest], vcpu, access, None, seen, guest, look).follow()
+            case Store(guest, vcpu, access, value):
+                _Judged(self.guests[guest], vcpu, access, value, seen, guest, look).follow()
+            case Move(guest, vcpu):
+                _require(isinstance(seen, Done), step, seen)
+                move(self.guests[guest].processors[vcpu], step)
+            case Invlpg(guest, vcpu, address):
+                _require(isinstance(seen, Done), step, seen)
+                self.guests[guest].processors[vcpu].invlpg(address)
+            case Invpcid(guest, vcpu, how, pcid, address):
+                _require(isinstance(seen, Done), step, seen)
+                self.guests[guest].processors[vcpu].invpcid(how, pcid, address)
+            case SetSlot(guest, number, slot):
+                self.guests[guest].set_slot(number, slot)
+            case Log(guest, number, on):
+                self.guests[guest].log(number, on)
+            case Harvest(guest, number):
+                self.guests[guest].harvest(number, seen)
+            case _:
+                _require(isinstance(seen, Done), step, seen)
+
+
+def move(processor: Processor, step: Move) -> None:
+    """A write to a control register. Raises `cpu.ImpossibleState`."""
+    if step.register == "cr3":
+        processor.mov_cr3(step.value)
+    else:
+        processor.change(Cpu(*step.on(processor.cpu)))
+
+
+class _Judged:
+    """A load, fetch or store, and what was seen of it."""
+
+    def __init__(
+        self,
+        machine: GuestMachine,
+        vcpu: int,
+        access: Access,
+        value: Word | None,
+        seen: Seen,
+        guest: int,
+        look: Look,
+    ) -> None:
+        self.machine, self.processor = machine, machine.processors[vcpu]
+        self.access, self.value, self.seen = access, value, seen
+        self.guest, self.look = guest, look
+        self.pieces = pieces(access.address)
+        self.stored: dict[Word, tuple[Word, Word]] = {}
+        """The words that the store leaves, by address, and which of their bits it wrote."""
+        self.flagged: dict[Word, Word] = {}
+        """Entries with the flags that were set in them before the store overwrote them."""
+
+    def follow(self) -> None:
+        """Find a way that the access may go and that explains what was seen, and go it."""
+        for way in self._ways():
+            entries = self._explains(way)
+            if entries is not None:
+                for address, word in self.flagged.items():
+                    self.machine.write(address, word)
+                for address, word in entries.items():
+                    if address in self.stored or self.machine.load(address) != word:
+                        self.machine.write(address, word)
+                        self.machine.wrote(address)
+                if isinstance(self.seen, PageFault):
+                    self._faulted(way)
+                return
+        raise Departure(self._told())
+
+    def _ways(self) -> Iterator[Way]:
+        """Every way that the access may go, that with nothing cached first."""
+        fresh = tuple(self._fresh(piece) for piece in self.pieces)
+        yield Way(fresh, tuple(update for outcome in fresh for update in _sets(outcome)))
+        each = [list(self._allowed(piece)) for piece in self.pieces]
+        for combined in product(*each):
+            must = tuple(update for way in combined for update in way.must)
+            yield Way(tuple(way.outcomes[0] for way in combined), must)
+
+    def _fresh(self, piece: Piece) -> Outcome:
+        return self.processor.fresh(self.access._replace(address=piece.address))
+
+    def _allowed(self, piece: Piece) -> Iterator[Way]:
+        access = self.access._replace(address=piece.address)
+        for outcome, must in self.processor.allowed(access):
+            yield Way((outcome,), must)
+
+    def _explains(self, way: Way) -> dict[Word, Word] | None:
+        """The entries that flags were set in, if what was seen goes with this way; else None."""
+        bad = [o for o in way.outcomes if not isinstance(o, Translated)]
+        if bad:
+            if not any(_same(outcome, self.seen) for outcome in bad):
+                return None
+            return self._changes(way, ())
+        if self.value is None:
+            changes = self._changes(way, way.must)
+            if changes is None or self.seen != Loaded(self._loaded(way, changes)):
+                return None
+            return changes
+        if self.seen != Stored(tuple(self._to_devices(way))):
+            return None
+        self._store(way)
+        return self._changes(way, way.must)
+
+    def _changes(self, way: Way, must: Iterable[Update]) -> dict[Word, Word] | None:
+        """The words that memory then has: what was stored, and the entries with all flags set that
+        must be, and none but those that may be; None if the subject's are not so.
+
+        What the store itself overwrote shows no flags, which `flagged` then holds. Flags in
+        read-only memory stay as they are.
+        """
+        needed, may = _gathered(must), _gathered(u for o in way.outcomes for u in _sets(o))
+        changes: dict[Word, Word] = {}
+        self.flagged.clear()
+        for address in may.keys() | self.stored.keys():
+            before = self.machine.load(address)
+            word, overwritten = self.stored.get(address, (before, 0))
+            bits = may.get(address, 0)
+            flags = bits & ~overwritten & ~word
+            if not self._is_writable(address) or (not flags and not overwritten):
+                continue
+            after = self.look(self.guest, address)
+            if after & ~flags != word or needed.get(address, 0) & flags & ~after:
+                return None
+            changes[address] = after
+            if overwritten & bits & ~before:
+                self.flagged[address] = before | bits
+        return changes
+
+    def _loaded(self, way: Way, changes: dict[Word, Word]) -> Word:
+        """What the load gives: flags that its own walk set included."""
+
+        def load(address: Word) -> Word:
+            return changes[address] if address in changes else self.machine.load(address)
+
+        value = 0
+        for piece, outcome in zip(self.pieces, way.outcomes, strict=True):
+            assert isinstance(outcome, Translated)
+            value |= load_bytes(load, outcome.pa, piece.size) << piece.shift
+        return value
+
+    def _to_devices(self, way: Way) -> Iterator[DeviceWrite]:
+        """The parts of a store that go to where there is no memory to write."""
+        assert self.value is not None
+        for piece, outcome in zip(self.pieces, way.outcomes, strict=True):
+            assert isinstance(outcome, Translated)
+            if not self._is_writable(outcome.pa):
+                part = self.value >> piece.shift & low_bits(8 * piece.size + 1) >> 1
+                yield DeviceWrite(outcome.pa, piece.size, part)
+
+    def _is_writable(self, address: Word) -> bool:
+        slot = self.machine.map.slot_of(address >> 12)
+        return slot is not None and not slot.readonly
+
+    def _store(self, way: Way) -> None:
+        """What the store leaves in memory: the words, and which of their bits it wrote."""
+        assert self.value is not None
+        self.stored.clear()
+        for piece, outcome in zip(self.pieces, way.outcomes, strict=True):
+            assert isinstance(outcome, Translated)
+            if not self._is_writable(outcome.pa):
+                continue
+            for i in range(piece.size):
+                address, shift = outcome.pa + i & ~7, (outcome.pa + i & 7) * 8
+                word, written = self.stored.get(address, (self.machine.load(address), 0))
+                byte = self.value >> piece.shift + 8 * i & 0xFF
+                word = word & ~(0xFF << shift) & WORD | byte << shift
+                self.stored[address] = word, written | 0xFF << shift
+
+    def _faulted(self, way: Way) -> None:
+        """A page fault drops what is cached of the address that it is for."""
+        for piece, outcome in zip(self.pieces, way.outcomes, strict=True):
+            if _same(outcome, self.seen):
+                self.processor.page_fault(piece.address)
+                return
+
+    def _told(self) -> str:
+        what = "store" if self.access.write else "fetch" if self.access.fetch else "load"
+        ways = {", ".join(map(_tell, way.outcomes)) for way in self._ways()}
+        return (
+            f"a {what} at {self.access.address:#x} was seen to be {_tell(self.seen)}; "
+            f"allowed: {'; '.join(sorted(ways))}"
+        )
+
+
+def _tell(seen: Seen | Outcome) -> str:
+    match seen:
+        case Translated(pa):
+            return f"an access to {pa:#x}"
+        case PageFault(code):
+            return f"#PF {code:#x}"
+        case Loaded(value):
+            return f"the value {value:#x}"
+        case Stored(devices):
+            return "a store" + "".join(f" to the device at {d.address:#x}" for d in devices)
+        case OutsideMemory(address):
+            return f"a walk to {address:#x}, where no memory is"
+        case NonCanonical():
+            return kind(seen)
+    return str(seen)
+
+
+def _sets(outcome: Outcome) -> tuple[Update, ...]:
+    """The flags that an outcome sets or may set."""
+    match outcome:
+        case Translated():
+            return outcome.updates
+        case PageFault() | OutsideMemory():
+            return outcome.may_update
+    return ()
+
+
+def _gathered(updates: Iterable[Update]) -> dict[Word, Word]:
+    """The flags of all updates, by address."""
+    flags: dict[Word, Word] = {}
+    for address, bits in updates:
+        flags[address] = flags.get(address, 0) | bits
+    return flags
+
+
+def _same(outcome: Outcome, seen: Seen) -> bool:
+    """Whether an outcome that is no translation is what was seen."""
+    match outcome, seen:
+        case PageFault(), PageFault():
+            return (outcome.error_code ^ seen.error_code) & ~outcome.open_bits & WORD == 0
+        case OutsideMemory(), OutsideMemory():
+            return outcome.address == seen.address
+        case NonCanonical(), NonCanonical():
+            return True
+    return False
+
+
+def _require(condition: bool, step: Step, seen: Seen) -> None:
+    if not condition:
+        raise Departure(f"{type(step).__name__} was seen to be {_tell(seen)}")
+
+
+def pieces(address: Word) -> tuple[Piece, ...]:
+    """The 8 bytes at an address, page by page."""
+    first = 0x1000 - (address & 0xFFF)
+    if first >= 8:
+        return (Piece(address, 8, 0),)
+    return Piece(address, first, 0), Piece(address + first & WORD, 8 - first, 8 * first)
+
+
+def load_bytes(load: Callable[[Word], Word], address: Word, size: int) -> Word:
+    """So many bytes of memory, all in one page, little-endian."""
+    value = 0
+    for i in range(size):
+        value |= (load(address + i & ~7) >> (address + i & 7) * 8 & 0xFF) << 8 * i
+    return value

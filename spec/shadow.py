@@ -1,0 +1,437 @@
+"""What a hypervisor's tables must satisfy at any time, and an audit that looks from scratch.
+
+The audit reads the real tables, entry by entry out of machine memory, and holds the hypervisor's
+books (reverse maps, parents, unsync marks, roots) and the guest's own tables against them. It
+believes none of the three. The numbers of the rules are those of the list in
+docs/explanation/hypervisor.md. Source: Linux, Documentation/virt/kvm/x86/mmu.rst ("Shadow pages",
+"Synchronized and unsynchronized pages", "Reaction to events", "Emulating cr0.wp"), and KVM's former
+audit code (arch/x86/kvm/mmu_audit.c).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from vapama.spec.anatomy import Anatomy, MachineView, ProcessorView, Role, SlotView, TablePage
+from vapama.spec.paging import ACCESSED, DIRTY, FRAME, PAGE_SIZE, PRESENT
+from vapama.spec.steps import EPT, SHADOW
+from vapama.spec.words import Word
+
+X, W, U = 1, 2, 4
+RESERVED = 1 << 51
+"""A bit that is reserved in the tables of a real processor with less than 52 address bits: with it,
+an entry is a device's."""
+DEVICE_GFN = (1 << 39) - 1
+GENERATION = (1 << 11) - 1
+
+
+class Violation(AssertionError):
+    """A rule that does not hold, by number, and where: the entry at an index of machine memory."""
+
+    def __init__(self, rule: int, what: str, index: int | None = None) -> None:
+        at = "" if index is None else f" (the entry at {index << 3:#x})"
+        super().__init__(f"rule {rule}: {what}{at}")
+        self.rule, self.index = rule, index
+
+
+class Entry(NamedTuple):
+    """What an entry of the hypervisor's tables says: a leaf's frame and rights, or a table."""
+
+    leaf: bool
+    frame: int
+    rights: int
+
+
+def audit(machine: MachineView) -> Iterator[Violation]:
+    """Every rule that does not hold in a machine."""
+    # THE ENTRIES, out of memory
+    owner: dict[int, int] = {}
+    for number, guest in enumerate(machine.guests):
+        for frame in (*guest.tables, *guest.dying):
+            owner[frame] = number
+    found: list[dict[int, Word]] = [{} for _ in machine.guests]
+    for index, word in machine.memory.items():
+        if word:
+            number = owner.get(index >> 9, -1)
+            if number >= 0:
+                found[number][index] = word
+
+    # THE RULES
+    yield from frames_are_used_once(machine)
+    for guest, entries in zip(machine.guests, found, strict=True):
+        yield from _Audit(machine.memory, guest, entries).run()
+
+
+def frames_are_used_once(machine: MachineView) -> Iterator[Violation]:
+    """Rule 6: every frame of machine memory has one use, but for shared pages; none is lost."""
+    users: dict[int, str] = dict.fromkeys(machine.free, "free")
+    if len(users) != len(machine.free):
+        yield Violation(6, "a frame is free twice")
+    for number, guest in enumerate(machine.guests):
+        for use, frames in (
+            ("a table", guest.tables),
+            ("an old root", guest.dying),
+            ("another use", guest.extra),
+        ):
+            for frame in frames:
+                if frame in users:
+                    yield Violation(
+                        6, f"frame {frame:#x}, {use} of guest {number}, is also {users[frame]}"
+                    )
+                users[frame] = use
+        for page, frame in guest.backed.items():
+            if frame in users and not (page in guest.shared and users[frame] == "shared"):
+                yield Violation(
+                    6, f"frame {frame:#x}, page {page} of guest {number}, is also {users[frame]}"
+                )
+            users[frame] = "shared" if page in guest.shared else f"page {page} of guest {number}"
+    if len(users) != machine.frames - 1:
+        yield Violation(6, f"{machine.frames - 1 - len(users)} frames are lost")
+
+
+def freed(machine: MachineView, frame: int) -> None:
+    """A frame is about to be freed: no core may still use it, unless it flushes before it runs.
+
+    Rule 19, of tables and pages alike. Raises `Violation`.
+    """
+    for guest in machine.guests:
+        for processor in guest.processors:
+            if processor.flush:
+                continue
+            for cached in processor.cached():
+                if cached.frame <= frame < cached.frame + (1 << 9 * (cached.level - 1)):
+                    raise Violation(
+                        19, f"frame {frame:#x} is freed, and a core has it for {cached.address:#x}"
+                    )
+            for index, word in processor.upper.items():
+                if index >> 9 == frame or word >> 12 & FRAME >> 12 == frame:
+                    raise Violation(19, f"table {frame:#x} is freed, and a core has it", index)
+
+
+def synced(machine: MachineView, number: int, root: int) -> None:
+    """A guest's processor was just synchronized: nothing below its root is unsync.
+
+    Rule 4, looked for by the real entries. Raises `Violation`.
+    """
+    guest = machine.guests[number]
+    below = [root]
+    while below:
+        page = guest.tables.get(below.pop())
+        if page is None:
+            continue
+        if page.unsync:
+            raise Violation(4, f"after a sync table {page.gfn:#x} is unsync", page.frame << 9)
+        if page.level > 1:
+            for index in range(page.frame << 9, page.frame + 1 << 9):
+                word = machine.memory.get(index)
+                said = read_entry(guest.design, page.level, word) if word else None
+                if said is not None and not said.leaf:
+                    below.append(said.frame)
+
+
+class _Audit:
+    """The audit of one guest's tables. `entries` are the words of its tables that are not 0."""
+
+    def __init__(
+        self, memory: Mapping[int, Word], guest: Anatomy, entries: dict[int, Word]
+    ) -> None:
+        self.memory, self.guest, self.entries = memory, guest, entries
+        self.slots = list(guest.slots.values())
+        self.leaves: dict[int, int] = {}
+        """Rights that leaves give, by ``frame << 9 | place in its table << 2 | level``."""
+        self.mapped_by: dict[int, int] = {}
+        """The guest frame of each entry that the reverse map names."""
+        self.links: dict[int, int] = {}
+        """The table that an entry leads to, by index."""
+        self.shadowed = {
+            page.gfn for page in guest.tables.values() if not page.direct and not page.unsync
+        }
+
+    def run(self) -> Iterator[Violation]:
+        """Every rule that does not hold."""
+        yield from self._reverse_map()
+        for index, word in self.entries.items():
+            page = self.guest.tables.get(index >> 9)
+            if page is None:
+                yield Violation(12, "a root that was zapped has an entry", index)
+                continue
+            yield from self._entry(page, index, word)
+        for index in self.mapped_by:
+            if index not in self.entries:
+                yield Violation(3, "the reverse map names an entry that maps nothing", index)
+        for page in self.guest.tables.values():
+            yield from self._page(page)
+        for processor in self.guest.processors:
+            yield from self._processor(processor)
+
+    def slot_of(self, gfn: int) -> SlotView | None:
+        """The memory slot that a guest frame is in."""
+        for slot in self.slots:
+            if slot.gfn <= gfn < slot.end:
+                return slot
+        return None
+
+    def guest_word(self, gfn: int, place: int) -> Word | None:
+        """A word of the guest's memory; None if there is none."""
+        slot = self.slot_of(gfn)
+        if slot is None:
+            return None
+        page = slot.page + gfn - slot.gfn
+        frame = self.guest.backed.get(page)
+        if frame is None:
+            return self.guest.swapped.get(page, {}).get(place, 0)
+        return self.memory[frame << 9 | place]
+
+    def _reverse_map(self) -> Iterator[Violation]:
+        """Rule 3: what the reverse map names; that it is an entry, `_leaf` and `run` see to."""
+        for key, indices in (self.guest.rmap or {}).items():
+            for index in indices:
+                if index in self.mapped_by:
+                    yield Violation(3, "the reverse map names an entry twice", index)
+                self.mapped_by[index] = key >> 2
+                page = self.guest.tables.get(index >> 9)
+                if page is None or page.level != key & 3:
+                    yield Violation(3, "the reverse map names what is no entry of its level", index)
+
+    def _entry(self, page: TablePage, index: int, word: Word) -> Iterator[Violation]:
+        said = read_entry(self.guest.design, page.level, word)
+        if not word & (7 if self.guest.design == EPT else PRESENT):
+            yield Violation(3, "an entry that is not present has bits left", index)
+        elif said is None:
+            yield from self._device(page, index, word)
+        elif said.leaf:
+            yield from self._leaf(page, index, said)
+        else:
+            yield from self._link(page, index, said.frame)
+
+    # LEAVES
+
+    def _leaf(self, page: TablePage, index: int, said: Entry) -> Iterator[Violation]:
+        """Rules 2, 3, 5, 7, 8, 19 and 22: what a leaf maps is what the host has there."""
+        guest, size = self.guest, 1 << 9 * (page.level - 1)
+        gfn = self.mapped_by.get(index)
+        linear = page.gfn + (index & 511) * size
+        if gfn is None:
+            if guest.rmap is not None:
+                yield Violation(3, "a leaf is not in the reverse map", index)
+                return
+            gfn = linear
+        if page.direct and gfn != linear:
+            yield Violation(8, f"a direct table maps {gfn:#x} where {linear:#x} belongs", index)
+        key = said.frame << 11 | (index & 511) << 2 | page.level
+        self.leaves[key] = self.leaves.get(key, 0) | said.rights
+
+        slot = self.slot_of(gfn)
+        if slot is None or gfn + size > slot.end:
+            yield Violation(3, f"a leaf maps guest frame {gfn:#x}, which is in no slot", index)
+            return
+        for i in range(size):
+            backed = slot.page + gfn + i - slot.gfn
+            if guest.backed.get(backed) != said.frame + i:
+                yield Violation(
+                    2,
+                    f"a leaf maps guest frame {gfn + i:#x} to frame "
+                    f"{said.frame + i:#x}, which the host has not there",
+                    index,
+                )
+                return
+            if said.rights & W:
+                if slot.readonly or backed in guest.shared:
+                    yield Violation(
+                        7,
+                        f"a page that must not be written is writable: guest frame {gfn + i:#x}",
+                        index,
+                    )
+                if gfn + i in self.shadowed:
+                    yield Violation(5, f"the shadowed table {gfn + i:#x} can be written", index)
+                if slot.log and gfn + i not in slot.dirty and self._may_be_dirty(page, index):
+                    yield Violation(
+                        22, f"a write to guest frame {gfn + i:#x} would not be logged", index
+                    )
+        if guest.design == SHADOW:
+            yield from self._shadow_leaf(page, index, gfn, said.rights)
+
+    def _may_be_dirty(self, page: TablePage, index: int) -> bool:
+        """Whether a write through a leaf sets no dirty flag that a harvest finds."""
+        dirty = 1 << 9 if self.guest.design == EPT else DIRTY
+        return self.guest.design == SHADOW or self.entries[index] & dirty != 0
+
+    def _shadow_leaf(
+        self, page: TablePage, index: int, gfn: int, rights: int
+    ) -> Iterator[Violation]:
+        """Rules 8, 10, 15 and 20: no more rights than the guest gives, through what it has now."""
+        role = self.guest.role_of(page.role)
+        if page.direct:
+            if rights & ~page.access:
+                yield Violation(10, "a leaf has rights that its table was not given", index)
+            return
+        if page.unsync:
+            beyond = rights & ~page.access
+            if beyond & ~W or (beyond and (role.wp or rights & U)):
+                yield Violation(10, "a leaf has rights that its table was not given", index)
+            return
+        gpte = self.guest_word(page.gfn, index & 511)
+        slot = self.slot_of(page.gfn)
+        used = PRESENT | (0 if slot is not None and slot.readonly else ACCESSED)
+        if gpte is None or gpte & used != used:
+            yield Violation(8, "a leaf stands for an entry that translates nothing", index)
+            return
+        if gpte >> 12 & FRAME >> 12 != gfn:
+            yield Violation(8, f"a leaf maps {gfn:#x}, and the guest's entry another frame", index)
+        given = page.access & rights_of(gpte) & ~(0 if gpte & DIRTY else W)
+        if not role.nx and gpte >> 63:
+            yield Violation(11, "a leaf stands for an entry with a reserved bit", index)
+        if excess(rights, given, role):
+            yield Violation(20, "a leaf has rights that the guest's entry does not give", index)
+
+    def _device(self, page: TablePage, index: int, word: Word) -> Iterator[Violation]:
+        """Rule 23: an entry for a device, of this generation of slots, is for no memory."""
+        if word >> 52 & GENERATION == self.guest.generation:
+            gfn = word >> 12 & DEVICE_GFN
+            if self.slot_of(gfn) is not None:
+                yield Violation(23, f"guest frame {gfn:#x} is memory, not a device", index)
+        if page.level != 1:
+            yield Violation(23, "an entry for a device is not in a table of the last level", index)
+
+    # TABLES
+
+    def _link(self, page: TablePage, index: int, frame: int) -> Iterator[Violation]:
+        """Rules 8, 10, 11, 12 and 13: what an entry that leads to a table leads to."""
+        child = self.guest.tables.get(frame)
+        if child is None:
+            yield Violation(13, f"frame {frame:#x} is no table in use", index)
+            return
+        self.links[index] = frame
+        if child.level != page.level - 1:
+            yield Violation(
+                13, f"a table of level {child.level} is below one of {page.level}", index
+            )
+        if index not in child.parents:
+            yield Violation(13, "a table does not know the entry that leads to it", index)
+        if (child.unsync or child.unsync_children) and index not in page.unsync_children:
+            yield Violation(14, "an unsync page is not marked in the table above it", index)
+        role = self.guest.role_of
+        if role(child.role) != role(page.role):
+            yield Violation(11, "a table is used under another role than its own", index)
+        if page.direct:
+            size = 1 << 9 * (page.level - 1)
+            if not child.direct or child.gfn != page.gfn + (index & 511) * size:
+                yield Violation(8, "a direct table leads to one for other memory", index)
+            if child.access != page.access:
+                yield Violation(10, "a table has other rights than those above it", index)
+        else:
+            yield from self._shadow_link(page, index, child, role(page.role))
+
+    def _shadow_link(
+        self, page: TablePage, index: int, child: TablePage, role: Role
+    ) -> Iterator[Violation]:
+        gpte = self.guest_word(page.gfn, index & 511)
+        if gpte is None or not gpte & PRESENT:
+            yield Violation(8, "a table stands for an entry that leads nowhere", index)
+            return
+        given = page.access & rights_of(gpte)
+        if child.direct:
+            size = 1 << 9 * (page.level - 1)
+            if not gpte & PAGE_SIZE or child.gfn != (gpte >> 12 & FRAME >> 12) & ~(size - 1):
+                yield Violation(8, "a direct table stands for another page of the guest's", index)
+            if excess(child.access, given & ~(0 if gpte & DIRTY else W), role):
+                yield Violation(10, "a direct table has rights that the guest does not give", index)
+            return
+        if gpte & PAGE_SIZE and page.level < 4:
+            yield Violation(8, "a table stands where the guest maps a page", index)
+        elif child.gfn != gpte >> 12 & FRAME >> 12:
+            yield Violation(8, f"table {child.gfn:#x} is not the one that the guest names", index)
+        if child.access != given:
+            yield Violation(
+                10, f"a table was given rights {child.access}, and inherits {given}", index
+            )
+
+    def _page(self, page: TablePage) -> Iterator[Violation]:
+        """Rules 1, 9, 12 and 13: what a table says of itself."""
+        where = page.frame << 9
+        if page.unsync and (page.level != 1 or page.direct):
+            yield Violation(1, f"a table of level {page.level} is unsync", where)
+        if page.invalid:
+            yield Violation(12, "an invalid table is in use", where)
+        role = self.guest.role_of(page.role)
+        if role.quadrant and role.entry_bytes != 4:
+            yield Violation(9, "a table of 8-byte entries has a quadrant", where)
+        for index in page.parents:
+            if self.links.get(index) != page.frame:
+                yield Violation(13, "a table claims a parent that does not lead to it", index)
+        roots = sum(list(p.roots).count(page.frame) for p in self.guest.processors)
+        if self.guest.design == SHADOW and page.roots != roots:
+            yield Violation(12, f"a table counts {page.roots} roots, and there are {roots}", where)
+
+    # PROCESSORS
+
+    def _processor(self, processor: ProcessorView) -> Iterator[Violation]:
+        """Rules 11, 12 and 19: a processor's roots, and all that its core could still use."""
+        guest = self.guest
+        for frame in processor.roots:
+            if frame and frame not in guest.tables and frame not in guest.dying:
+                yield Violation(12, f"a processor's root, frame {frame:#x}, was freed")
+        if guest.design == SHADOW and processor.roots[0] in guest.tables:
+            root = guest.tables[processor.roots[0]]
+            yield from self._root(processor, root)
+        if processor.flush:
+            return
+        for pcid, address, level, frame, rights in processor.cached():
+            key = frame << 11 | (address >> 3 + 9 * level & 511) << 2 | level
+            if rights & ~self.leaves.get(key, 0) or key not in self.leaves:
+                yield Violation(
+                    19,
+                    f"a core could use frame {frame:#x} for {address:#x} (PCID "
+                    f"{pcid}), as the tables do not let it, without a flush",
+                )
+        for index, word in processor.upper.items():
+            if index >> 9 in guest.tables:
+                said = read_entry(guest.design, guest.tables[index >> 9].level, word)
+                if said is None or said.leaf or self.links.get(index) == said.frame:
+                    continue
+            elif index >> 9 in guest.dying or self._is_memory(index >> 9):
+                continue
+            yield Violation(19, "a core could walk a table that is gone, without a flush", index)
+
+    def _is_memory(self, frame: int) -> bool:
+        return frame in self.guest.backed.values()
+
+    def _root(self, processor: ProcessorView, root: TablePage) -> Iterator[Violation]:
+        cpu, role = processor.cpu, self.guest.role_of(root.role)
+        not_wp = cpu.wp ^ 1
+        now = (cpu.nxe, cpu.wp, cpu.smep & not_wp, cpu.smap & not_wp)
+        if role[:4] != now:
+            yield Violation(11, f"the root's role {tuple(role[:4])} is not the processor's {now}")
+        if root.gfn != cpu.cr3 >> 12 & FRAME >> 12:
+            yield Violation(17, f"the root shadows table {root.gfn:#x}, not the one of CR3")
+
+
+def read_entry(design: str, level: int, word: Word) -> Entry | None:
+    """What an entry in the format of a design says; None for a device's, which only faults."""
+    if design == EPT:
+        if word & 7 == W | 4:
+            return None
+        rights = (word >> 2 & X) | word & W | U
+        return Entry(level == 1 or word & PAGE_SIZE != 0, word >> 12 & FRAME >> 12, rights)
+    if word & RESERVED:
+        return None
+    frame = word >> 12 & FRAME >> 12
+    return Entry(level == 1 or word & PAGE_SIZE != 0, frame, rights_of(word))
+
+
+def rights_of(entry: Word) -> int:
+    """The rights of an entry in the format of ordinary paging."""
+    return entry & (W | U) | (entry >> 63 ^ 1)
+
+
+def excess(rights: int, given: int, role: Role) -> bool:
+    """Rule 20: whether rights go beyond those given, in the way that CR0.WP=0 allows if it is.
+
+    A user's read-only page that the supervisor writes is then writable and the supervisor's alone,
+    and not to be executed with SMEP. With SMAP it would be open to accesses that SMAP stops.
+    """
+    if not rights & ~given:
+        return False
+    if role.wp or rights & U or rights & ~given != W:
+        return True
+    was_user = given & U != 0
+    return was_user and (role.smap_not_wp == 1 or (role.smep_not_wp == 1 and rights & X != 0))

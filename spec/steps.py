@@ -1,0 +1,215 @@
+"""Programs: what guests and the host do, step by step, and what a step is seen to do.
+
+The vocabulary that the specification of a machine (`vapama.spec.machine`), an implementation of it
+and the programs that are run on both share. Pages of guest-physical memory are numbered by gfn
+(guest frame number); `page` is a page of a guest's backing, the private memory of the process that
+hosts it, which memory slots map to gfns. Source: the KVM API, Documentation/virt/kvm/api.rst, 4.35
+(KVM_SET_USER_MEMORY_REGION) and 4.8 (KVM_GET_DIRTY_LOG).
+"""
+
+from typing import NamedTuple, TypeAlias
+
+from vapama.spec.access import Access
+from vapama.spec.cpu import Cpu
+from vapama.spec.outcomes import NonCanonical, OutsideMemory, PageFault
+from vapama.spec.words import Word
+
+SHADOW, EPT, NPT = "shadow", "ept", "npt"
+"""How a hypervisor gives guests their memory: in software, by Intel's and by AMD's hardware."""
+
+
+class Slot(NamedTuple):
+    """A memory slot: `pages` pages at guest frame `gfn`, backed from page `page` of the backing.
+
+    Backings of two slots may overlap; guest frames of two slots may not. A store to a `readonly`
+    slot goes to a device, as one to a guest frame that is in no slot does.
+    """
+
+    gfn: int
+    pages: int
+    page: int
+    readonly: bool = False
+
+
+class GuestPlan(NamedTuple):
+    """A guest at power-on: its processors, its memory slots, and words of its memory by address."""
+
+    vcpus: tuple[Cpu, ...]
+    slots: dict[int, Slot]
+    image: dict[int, Word]
+
+
+class Plan(NamedTuple):
+    """A machine at power-on: its guests, how they get their memory, and how much of it there is.
+
+    `frames` are pages of machine memory. `shadow_pages` is how many pages of tables a guest may
+    have before the oldest are reclaimed. `generations` of the memory slots are told apart in what
+    is remembered of devices. `host_maxphyaddr` is the real processor's address width.
+    """
+
+    guests: tuple[GuestPlan, ...]
+    design: str = SHADOW
+    frames: int = 256
+    shadow_pages: int = 64
+    generations: int = 1 << 11
+    host_maxphyaddr: int = 46
+
+
+# What guests do.
+
+
+class Load(NamedTuple):
+    """Read (or fetch) the 8 bytes at a linear address, which may lie across two pages."""
+
+    guest: int
+    vcpu: int
+    access: Access
+
+
+class Store(NamedTuple):
+    """Write 8 bytes at a linear address, which may lie across two pages."""
+
+    guest: int
+    vcpu: int
+    access: Access
+    value: Word
+
+
+class Move(NamedTuple):
+    """MOV to CR0, CR3 or CR4, WRMSR to EFER, WRPKRU, or a change of RFLAGS.AC.
+
+    `register` names the field of `Cpu`. Bit 63 of a value for CR3 is not stored: with CR4.PCIDE it
+    asks that the PCID's translations be kept.
+    """
+
+    guest: int
+    vcpu: int
+    register: str
+    value: Word
+
+    def on(self, cpu: Cpu) -> Cpu:
+        """The control state after it; bit 63 of CR3 aside, as it is written. It is not checked."""
+        fields = zip(Cpu._fields, cpu, strict=True)
+        return Cpu._make(self.value if name == self.register else old for name, old in fields)
+
+
+class Invlpg(NamedTuple):
+    """INVLPG of a linear address."""
+
+    guest: int
+    vcpu: int
+    address: Word
+
+
+class Invpcid(NamedTuple):
+    """INVPCID: type 0 an address of a PCID, 1 a PCID, 2 everything, 3 all but global pages."""
+
+    guest: int
+    vcpu: int
+    kind: int
+    pcid: int
+    address: Word
+
+
+# What the host does.
+
+
+class Unmap(NamedTuple):
+    """Swap a page of a guest's backing out: its frame is freed."""
+
+    guest: int
+    page: int
+
+
+class Migrate(NamedTuple):
+    """Move a page of a guest's backing to another frame."""
+
+    guest: int
+    page: int
+
+
+class SetSlot(NamedTuple):
+    """Create, move, change or (with None) delete a memory slot."""
+
+    guest: int
+    number: int
+    slot: Slot | None
+
+
+class Log(NamedTuple):
+    """Start or stop dirty logging of a memory slot."""
+
+    guest: int
+    number: int
+    on: bool
+
+
+class Harvest(NamedTuple):
+    """Get a slot's dirty log, and clear it."""
+
+    guest: int
+    number: int
+
+
+class Reclaim(NamedTuple):
+    """Memory pressure: free the oldest so many pages of a guest's shadow or second-stage tables."""
+
+    guest: int
+    tables: int
+
+
+class Evict(NamedTuple):
+    """The real processor drops all that a virtual one has cached, as it may at any time."""
+
+    guest: int
+    vcpu: int
+
+
+class Rest(NamedTuple):
+    """Nothing happens."""
+
+
+GuestStep: TypeAlias = Load | Store | Move | Invlpg | Invpcid
+HostStep: TypeAlias = Unmap | Migrate | SetSlot | Log | Harvest | Reclaim | Evict | Rest
+Step: TypeAlias = GuestStep | HostStep
+
+
+# What a step is seen to do, if it doesn't end in an `Outcome`.
+
+
+class Loaded(NamedTuple):
+    """The load gave this value."""
+
+    value: Word
+
+
+class Stored(NamedTuple):
+    """The store was made; `devices` are the parts of it that went to a device."""
+
+    devices: "tuple[DeviceWrite, ...]" = ()
+
+
+class DeviceWrite(NamedTuple):
+    """So many bytes of `value` written to a device at a guest-physical address."""
+
+    address: int
+    size: int
+    value: Word
+
+
+class Harvested(NamedTuple):
+    """The guest frames that a dirty log named."""
+
+    gfns: frozenset[int]
+
+
+class Done(NamedTuple):
+    """The step was made; there is nothing to see."""
+
+
+Seen: TypeAlias = Loaded | Stored | Harvested | Done | PageFault | NonCanonical | OutsideMemory
+
+
+def device_word(address: Word) -> Word:
+    """What a device gives for the aligned 8 bytes at a guest-physical address: always the same."""
+    return (address ^ 0x5A5A_0000_0000_0000) & ((1 << 64) - 1)

@@ -1,0 +1,154 @@
+"""Programs of guest and host steps: what the engines find of the hypervisor's seeded mistakes."""
+
+from random import Random
+
+import pytest
+
+from vapama.bugs.mistakes import MISTAKES
+from vapama.fuzz.random_engine import Search
+from vapama.impl.vmm import Vmm
+from vapama.runs import Guarded
+from vapama.spec import programs, shadow
+from vapama.spec.access import Access
+from vapama.spec.machine import Departure, Machine
+from vapama.spec.nondet import load_invariants
+from vapama.spec.outcomes import PageFault
+from vapama.spec.steps import (
+    Done,
+    Harvest,
+    Harvested,
+    Load,
+    Loaded,
+    Log,
+    Rest,
+    Store,
+    Stored,
+)
+from vapama.subjects import load_subject
+
+CLAIMS = [name for name, invariant in load_invariants().items() if "vmm" in invariant.needs]
+OURS = [name for name, mistake in MISTAKES.items() if mistake.breaks in CLAIMS]
+FEW = OURS[::6]
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_is_claimed_of_the_hypervisor_holds_in_random_programs(name: str) -> None:
+    search = Search(load_invariants()[name], load_subject("optimized"), seed=1)
+    search.batch(60)
+    assert search.failed is None, search.failed
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_random_programs_find_mistakes_and_shrink_them(name: str) -> None:
+    mistake = MISTAKES[name]
+    subject = Guarded(name, mistake.subject())
+    search = Search(load_invariants()[mistake.breaks], subject, seed=0)
+    while search.failed is None and search.executions < 4000:
+        search.batch(16)
+    assert search.failed is not None
+
+
+def test_a_word_of_zeros_is_a_step_in_which_nothing_happens() -> None:
+    assert programs.decode(0, Machine(programs.plan())) == Rest()
+
+
+def test_every_word_is_a_step_that_the_hypervisor_can_make() -> None:
+    random, plan = Random(5), programs.plan()
+    machine, hypervisor = Machine(plan), Vmm(plan)
+    for _ in range(300):
+        step = programs.decode(random.getrandbits(64), machine, 0x8864)
+        machine.check(step, hypervisor.do(step), hypervisor.word)
+
+
+# THE CHECKER
+
+READ = Load(0, 0, Access(0x8000, user=1))
+WRITE = Store(0, 0, Access(0x8000, write=1, user=1), 7)
+
+
+def marked(_: int, address: int) -> int:
+    """A subject's memory in which a read of 0x8000 has set the accessed flags on its way."""
+    return programs.image().get(address, 0) | 0x20
+
+
+@pytest.mark.parametrize(
+    "seen", [Loaded(0x1112), PageFault(4), Done(), Stored()], ids=lambda seen: type(seen).__name__
+)
+def test_the_machine_refuses_what_a_load_cannot_show(seen: object) -> None:
+    machine = Machine(programs.plan())
+    with pytest.raises(Departure):
+        machine.check(READ, seen, marked)  # type: ignore[arg-type]
+
+
+def test_the_machine_wants_accessed_flags_and_no_others() -> None:
+    machine = Machine(programs.plan())
+    machine.check(READ, Loaded(0x1111), marked)
+    for wrong in (0, 0x60):
+        machine = Machine(programs.plan())
+
+        def look(_: int, address: int, wrong: int = wrong) -> int:
+            return programs.image()[address] | wrong
+
+        with pytest.raises(Departure):
+            machine.check(READ, Loaded(0x1111), look)
+
+
+def test_the_machine_follows_a_stale_translation_until_the_guest_invalidates_it() -> None:
+    plan = programs.plan(guests=1)
+    machine, hypervisor = Machine(plan), Vmm(plan)
+
+    def do(step: object) -> object:
+        seen = hypervisor.do(step)  # type: ignore[arg-type]
+        machine.check(step, seen, hypervisor.word)  # type: ignore[arg-type]
+        return seen
+
+    assert do(READ) == Loaded(0x1111)
+    entry = programs.LOW << 12 | 8 << 3
+    do(Store(0, 0, Access(entry, write=1), 9 << 12 | programs.USED))
+    # Either page may be read now, and no other value.
+    for value, right in ((0x1111, True), (0x2222, True), (0x3333, False)):
+        if right:
+            machine.check(READ, Loaded(value), hypervisor.word)
+        else:
+            with pytest.raises(Departure):
+                machine.check(READ, Loaded(value), hypervisor.word)
+
+
+def test_a_dirty_log_that_lacks_a_page_is_refused() -> None:
+    plan = programs.plan(guests=1)
+    machine, hypervisor = Machine(plan), Vmm(plan)
+    for step in (Log(0, 0, True), WRITE):
+        machine.check(step, hypervisor.do(step), hypervisor.word)
+    with pytest.raises(Departure, match="lacks"):
+        machine.check(Harvest(0, 0), Harvested(frozenset()), hypervisor.word)
+
+
+# THE AUDIT
+
+
+def worked() -> Vmm:
+    """A hypervisor after a program in which its tables were filled."""
+    random, plan = Random(3), programs.plan()
+    machine, hypervisor = Machine(plan), Vmm(plan)
+    for _ in range(40):
+        hypervisor.do(programs.decode(random.getrandbits(64), machine, 0x8864))
+    assert not list(shadow.audit(hypervisor.view()))
+    return hypervisor
+
+
+@pytest.mark.parametrize("bit", [0, 1, 12])
+def test_an_entry_that_is_altered_behind_the_books_is_found(bit: int) -> None:
+    for index in list(worked().guests[0].mmu.mapped):
+        hypervisor = worked()
+        if bit == 1 and hypervisor.ram[index] & 2:
+            continue  # to take a right away breaks no rule
+        hypervisor.ram[index] ^= 1 << bit
+        if list(shadow.audit(hypervisor.view())):
+            return
+    raise AssertionError("no altered entry was found")
+
+
+def test_a_frame_that_is_lost_is_found() -> None:
+    hypervisor = worked()
+    hypervisor.frames.take()
+    assert [violation.rule for violation in shadow.audit(hypervisor.view())] == [6]
