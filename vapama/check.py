@@ -1,13 +1,13 @@
 """What `vapama check` checks: which engines on which subjects, as jobs, and what came of it."""
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vapama.case import BadInput
 from vapama.jobs import SNAPSHOT, Agreed, Event, Job, run_jobs
+from vapama.proofs.ledger import Circular, settle, with_lemmas
 from vapama.snapshot import truth
 from vapama.spec.nondet import Invariant, load_invariants
 from vapama.subjects import load_subject
@@ -87,13 +87,16 @@ def plan(
     guest: Path | None = None,
     cases: Sequence[Path] = (),
 ) -> tuple[list[Job], dict[str, str]]:
-    """The jobs of a check, the longest first, and what is skipped and why.
+    """The jobs of a check, and what is skipped and why.
 
     With a subject, every engine that can runs on it. Without, the optimized kernels are checked by
     every engine, their compiled form and the second opinions at random, and the guest's tables.
+    Proofs come last, each a job of its own, to fill the processors evenly; with them the lemmas
+    that they rest on. Raises `BadInput`.
     """
     names = tuple(i.name for i in invariants)
     jobs: list[Job] = []
+    proofs: list[str] = []
     skipped: dict[str, str] = {}
 
     def job(engine: str, of: str, names: Sequence[str], budget: Budget = budget) -> None:
@@ -110,10 +113,7 @@ def plan(
         elif engine == "atheris" and importlib.util.find_spec("atheris") is None:
             skipped["atheris"] = "not installed: pip install 'vapama[atheris]'"
         elif engine == "z3":
-            # Proofs take longest, so they are dealt out among the processors.
-            for share in range(2 * (os.cpu_count() or 1)):
-                if names[share :: 2 * (os.cpu_count() or 1)]:
-                    job(engine, main, names[share :: 2 * (os.cpu_count() or 1)])
+            proofs = _proofs(invariants)
         else:
             job(engine, main, names)
     if subject is None and "random" in engines:
@@ -128,7 +128,19 @@ def plan(
         jobs.append(
             Job(engine=SNAPSHOT, subject="", invariants=(), budget=budget, snapshot=str(guest))
         )
+    for name in proofs:
+        job("z3", main, (name,))
     return jobs, skipped
+
+
+def _proofs(invariants: list[Invariant]) -> list[str]:
+    """The invariants and their lemmas, by name; those first that are likely to take longest."""
+    try:
+        needed = with_lemmas(invariants, load_invariants())
+    except Circular as error:
+        raise BadInput(str(error)) from None
+    needed.sort(key=lambda i: (not i.uses, i.equates is None, not i.bound))
+    return [i.name for i in needed]
 
 
 def _scaled(budget: Budget, factor: float) -> Budget:
@@ -159,6 +171,7 @@ def check(
         listener(job, event)
 
     run_jobs(jobs, hear)
+    settle(report.verdicts)
     order = {name: place for place, name in enumerate(load_invariants())}
     report.verdicts.sort(key=lambda verdict: order[verdict.invariant])
     return report

@@ -1,6 +1,7 @@
 """The command line. Exit status: 0 all held, 1 a counterexample, 2 bad input, 3 undecided."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,7 +151,10 @@ def prove(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Prove invariants for all inputs with Z3, each proof checked again by bitwuzla."""
+    """Prove invariants for all inputs with Z3, each proof checked again by bitwuzla.
+
+    Without names the whole ledger; with names also the lemmas that they rest on.
+    """
     from vapama import check as checking
 
     chosen = checking.chosen_invariants(invariants or [])
@@ -165,8 +169,14 @@ def prove(
     import msgspec
 
     jobs = [msgspec.structs.replace(job, export=str(export) if export else "") for job in jobs]
+    start = time.monotonic()
     with progress(len(jobs)) as listener:
         result = checking.check(jobs, budget, skipped, listener)
+    if not invariants and not json:
+        from vapama.report import print_ledger
+
+        print_ledger(result.verdicts, time.monotonic() - start, console)
+        finish([v for v in result.verdicts if not v.good], json, of=result.verdicts)
     finish(result.verdicts, json)
 
 
@@ -290,8 +300,8 @@ def hunt_mistakes(hunt: Callable[..., Verdict], json: bool, proving: bool = Fals
     raise typer.Exit(EXIT_UNDECIDED if survived else EXIT_HELD)
 
 
-def finish(verdicts: list[Verdict], json: bool) -> None:
-    """Print verdicts one by one, save counterexamples, and exit with their status."""
+def finish(verdicts: list[Verdict], json: bool, of: list[Verdict] | None = None) -> None:
+    """Print verdicts one by one, save counterexamples, and exit with the status of them all."""
     from vapama.report import STYLES
     from vapama.verdict import exit_status
 
@@ -307,7 +317,7 @@ def finish(verdicts: list[Verdict], json: bool) -> None:
             )
             for path in [saved[id(v)]] if id(v) in saved else []:
                 console.print(f"               replay it: vapama explain {path}", soft_wrap=True)
-    raise typer.Exit(exit_status(verdicts))
+    raise typer.Exit(exit_status(of or verdicts))
 
 
 def print_json(verdicts: list[Verdict]) -> None:

@@ -1,10 +1,13 @@
 """Jobs: engines at work in processes of their own, watched by this one.
 
 Each job is one engine on some invariants of one subject (or the check of a snapshot), run by
-``python -m vapama.worker``, which tells its progress and verdicts as JSON lines. A worker that says
+``python -m vapama.worker``, which tells its progress and verdicts as JSON lines. A worker that is
+done with a job is given the next one like it, so that small jobs cost no start and spread evenly. A
+worker that says
 nothing for too long is ended: a subject may hang where no Python alarm reaches it.
 """
 
+import contextlib
 import os
 import queue
 import signal
@@ -59,6 +62,8 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
     agreed: Agreed | None = None
     coverage: str = ""
     bad_input: str = ""
+    finished: bool = False
+    """The job is done: another can be given."""
 
 
 Listener = Callable[[Job, Event], None]
@@ -78,10 +83,13 @@ def run_jobs(jobs: list[Job], listener: Listener, workers: int | None = None) ->
             while waiting and len(running) < (workers or os.cpu_count() or 1):
                 running.append(_Worker(waiting.pop(0), events))
             for worker, event in _next_events(events):
-                if event is None:
-                    running.remove(worker)
+                if event is None or event.finished:
                     for verdict in worker.unfinished():
                         listener(worker.job, Event(verdict=verdict))
+                    if event is None:
+                        running.remove(worker)
+                    else:
+                        worker.next_of(waiting)
                     continue
                 if event.bad_input:
                     raise BadInput(event.bad_input)
@@ -109,11 +117,9 @@ class _Worker:
     """A worker process, the thread that listens to it, and what is known of it."""
 
     def __init__(self, job: Job, events: "queue.Queue[tuple[_Worker, Event | None]]") -> None:
-        self.job, self.events = job, events
-        self.done: set[str] = set()
-        self.last = time.monotonic()
-        self.at = ""
+        self.events = events
         self.why = ""
+        self.dismissed = False
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vapama.worker"],
             stdin=subprocess.PIPE,
@@ -121,11 +127,30 @@ class _Worker:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        assert self.process.stdin is not None
-        self.process.stdin.write(msgspec.json.encode(job))
-        self.process.stdin.close()
         self.stderr: list[bytes] = []
+        self._give(job)
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def _give(self, job: Job) -> None:
+        self.job = job
+        self.done: set[str] = set()
+        self.last = time.monotonic()
+        self.at = ""
+        assert self.process.stdin is not None
+        # A worker that ended does not read: then its end says so.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(msgspec.json.encode(job) + b"\n")
+            self.process.stdin.flush()
+
+    def next_of(self, waiting: list[Job]) -> None:
+        """Begin the next of the waiting jobs that is like the last one, or end if none is."""
+        for place, job in enumerate(waiting):
+            if (job.engine, job.subject) == (self.job.engine, self.job.subject):
+                self._give(waiting.pop(place))
+                return
+        self.dismissed = True
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -154,7 +179,7 @@ class _Worker:
     def watch(self) -> None:
         """End the worker if it has said nothing for too long."""
         patience = 3 * self.job.budget.hang_seconds + 60
-        if time.monotonic() - self.last > patience and not self.why:
+        if time.monotonic() - self.last > patience and not self.why and not self.dismissed:
             self.why = f"the subject hung in code that cannot be interrupted ({patience:g} s)"
             self.end()
 
@@ -165,12 +190,15 @@ class _Worker:
 
     def unfinished(self) -> list[Verdict]:
         """A verdict for each invariant that the worker ended without one for: undecided."""
-        if not self.why and self.process.returncode == 0:
-            self.why = "the worker ended without a verdict"
+        if self.dismissed:
+            return []
+        why = self.why
+        if not why and not self.process.returncode:
+            why = "the worker ended without a verdict"
         last = (
             self.stderr[-1].decode(errors="replace").strip() if self.stderr else "it said nothing"
         )
-        why = self.why or f"the worker ended with status {self.process.returncode}: {last}"
+        why = why or f"the worker ended with status {self.process.returncode}: {last}"
         return [
             Verdict(
                 invariant=name,

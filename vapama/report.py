@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from vapama.check import Report
-from vapama.verdict import COUNTEREXAMPLE, HELD, NOT_APPLICABLE, PROVED, UNDECIDED, Verdict
+from vapama.verdict import (
+    CONDITIONAL,
+    COUNTEREXAMPLE,
+    HELD,
+    NOT_APPLICABLE,
+    PROVED,
+    UNDECIDED,
+    Verdict,
+)
 
 STYLES = {
     PROVED: "bold green",
@@ -19,6 +27,7 @@ STYLES = {
     COUNTEREXAMPLE: "bold red",
     UNDECIDED: "yellow",
     NOT_APPLICABLE: "dim",
+    CONDITIONAL: "yellow",
 }
 
 
@@ -35,6 +44,7 @@ def cell(verdict: Verdict) -> str:
         HELD: _short(verdict.executions),
         COUNTEREXAMPLE: "FAILS",
         UNDECIDED: "?",
+        CONDITIONAL: "?",
         NOT_APPLICABLE: "-",
     }[verdict.status]
     return f"[{STYLES[verdict.status]}]{text}[/]"
@@ -87,6 +97,35 @@ def _rendered(shown: Table, console: Console) -> list[Text]:
         Text.assemble(*((segment.text, segment.style or "") for segment in line))
         for line in console.render_lines(shown, pad=False)
     ]
+
+
+def print_ledger(verdicts: list[Verdict], seconds: float, console: Console) -> None:
+    """The ledger of proofs as a table: what each took, what bitwuzla says, and what it rests on."""
+    proofs = sorted((v for v in verdicts if v.status != NOT_APPLICABLE), key=lambda v: v.invariant)
+    numbers = {v.invariant: number for number, v in enumerate(proofs, 1)}
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column("", justify="right")
+    shown.add_column("proof", overflow="fold")
+    for name in ("verdict", "paths", "queries", "seconds", "bitwuzla", "rests on"):
+        left = name in ("verdict", "rests on")
+        shown.add_column(name, no_wrap=True, justify="left" if left else "right")
+    for v in proofs:
+        shown.add_row(
+            str(numbers[v.invariant]),
+            v.invariant.replace("_", " "),
+            f"[{STYLES[v.status]}]{v.status}[/]",
+            f"{v.executions:,}",
+            f"{v.queries:,}",
+            f"{v.seconds:.1f}",
+            v.second_solver,
+            ", ".join(str(numbers.get(name, name)) for name in v.rests_on),
+        )
+    console.print(shown)
+    paths, queries = sum(v.executions for v in proofs), sum(v.queries for v in proofs)
+    console.print(
+        f"{sum(v.status == PROVED for v in proofs)} of {len(proofs)} proved: {paths:,} paths, "
+        f"{queries:,} queries, {sum(v.seconds for v in proofs):.0f} s of work in {seconds:.0f} s"
+    )
 
 
 def print_report(report: Report, console: Console, saved: dict[int, Path]) -> None:

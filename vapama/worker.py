@@ -1,4 +1,4 @@
-"""A worker: reads one `Job` from standard input, tells `Event`s on standard output."""
+"""A worker: reads `Job`s from standard input, tells `Event`s on standard output."""
 
 import os
 import sys
@@ -19,8 +19,7 @@ Tell = Callable[[Event], None]
 
 
 def main() -> None:
-    """Do the job given."""
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    """Do the jobs given, a line each."""
     out = os.fdopen(os.dup(1), "wb")
     # What a subject prints, from Python or below it, must not be taken for events.
     os.dup2(2, 1)
@@ -31,14 +30,21 @@ def main() -> None:
         out.flush()
 
     try:
+        for line in sys.stdin.buffer:
+            _do(msgspec.json.decode(line, type=Job), tell)
+            tell(Event(finished=True))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _do(job: Job, tell: Tell) -> None:
+    try:
         if job.engine == SNAPSHOT:
             _check_snapshot(job, tell)
         else:
             _check_invariants(job, tell)
     except BadInput as error:
         tell(Event(bad_input=str(error)))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _check_snapshot(job: Job, tell: Tell) -> None:
