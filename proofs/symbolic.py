@@ -170,7 +170,7 @@ class SymWord(Symbol):
         if self.may * o.may > WORD:
             wide = z3.ZeroExt(64, self.term) * z3.ZeroExt(64, o.term)
             running().require(z3.Extract(127, 64, wide) == 0, "a product may exceed 64 bits")
-        return _make(self.term * o.term, _ones(self.may * o.may) & WORD, 0)
+        return _make(_product(self, o), _ones(self.may * o.may) & WORD, 0)
 
     __rmul__ = __mul__
 
@@ -367,6 +367,16 @@ def word(value: Operand) -> SymWord:
     if not isinstance(value, int):
         raise Unfaithful(f"a {type(value).__name__} is used as a word")
     return _constant(int(value))
+
+
+def _product(a: SymWord, b: SymWord) -> z3.BitVecRef:
+    """The product as a term that is easy to decide: by a flag a choice, by a power of 2 a shift."""
+    for factor, other in ((a, b), (b, a)):
+        if factor.may == 1:
+            return z3.If(factor.term == 1, other.term, _constant(0).term)
+        if factor.may == factor.must and factor.may.bit_count() == 1:
+            return other.term << factor.may.bit_length() - 1
+    return a.term * b.term
 
 
 @lru_cache(maxsize=4096)
