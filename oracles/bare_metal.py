@@ -282,11 +282,16 @@ def _translated(
     if found.where != end:
         raise RuntimeError(f"the guest ended elsewhere than after the access: {found}")
     pa = where_it_went(found, stub, address, after)
+    unmark(stub, pa, after, touched)
+    return Translated(pa, 0, changes(touched, after))
+
+
+def unmark(stub: int, pa: Word, after: dict[int, int], touched: Mapping[int, int]) -> None:
+    """Undo in `after` what a write wrote into an entry. Raises `RuntimeError` if it did not."""
     if stub == m.WRITE and pa in after:
         if after[pa] >> 56 != MARKER:
             raise RuntimeError(f"the write is not found at {pa:#x}")
         after[pa] = after[pa] & ~(0xFF << 56) | touched.get(pa, 0) & 0xFF << 56
-    return Translated(pa, 0, changes(touched, after))
 
 
 def where_it_went(found: Result, stub: int, address: Word, after: Mapping[int, int]) -> Word:

@@ -46,7 +46,7 @@ LEGACY, LEGACY_PAE, LONG_4, LONG_5, SVM, VMX = range(1, 7)
 
 # Offsets in the mailbox.
 COMMAND, COUNT, STRIDE, RECORDS_AT, READY, CURRENT, LEFT = range(0, 28, 4)
-FEATURES, HOST_KEYS = 0x20, 0x40
+FEATURES, HOST_KEYS, OWN_GDT, EPT_CAPABILITIES = 0x20, 0x40, 0x44, 0x48
 ALIVE = 0x600D_600D
 
 # A record: 18 words, then pokes of two words each. See guest.asm.
@@ -282,19 +282,92 @@ def vmcb(long: bool, user: bool) -> bytes:
     for offset in (0x400, 0x420, 0x430, 0x440, 0x450):  # ES, SS, DS, FS, GS
         VMCB_SEGMENT.pack_into(block, offset, *data)
     VMCB_SEGMENT.pack_into(block, 0x410, selector, code_attributes, 0xFFFF_FFFF, 0)
-    VMCB_SEGMENT.pack_into(block, 0x490, 0x38, 0x8B, TSS_LIMIT, 0)  # TR
+    VMCB_SEGMENT.pack_into(block, 0x490, TASK_SELECTOR, 0x8B, TSS_LIMIT, 0)  # TR
     put("<B", block, 0x4CB, ring)
     put("<QQ", block, 0x560, 0x400, 0xFFFF_0FF0)  # DR7, DR6
     put("<Q", block, 0x668, 0x0007_0406_0007_0406)  # PAT
     return bytes(block)
 
 
+def vmcs_fields(long: bool, user: bool, gdt: int) -> dict[int, int]:
+    """The fields of a VMCS by encoding: every exception exits. Source: SDM Vol. 3C, appendix B.
+
+    What a record changes is not among them: see guest.asm. `gdt` is where the host's GDT is.
+    """
+    ring = 3 if user else 0
+    code = (USER64 if user else CODE64) if long else (USER32 if user else CODE32)
+    data = USER_DATA if user else DATA32
+    fields = {
+        0x4000: 0x16,  # pin-based controls
+        0x4002: 0x0401_E172 | 1 << 31 | 1 << 7,  # processor-based; secondary controls, HLT
+        0x4004: 0xFFFF_FFFF,  # exceptions
+        0x400C: 0x3_6DFF | 1 << 9 | 1 << 20 | 1 << 21,  # exit: a 64-bit host, EFER saved and loaded
+        0x4012: 0x11FF | long << 9 | 1 << 15,  # entry: IA-32e mode, EFER loaded
+        **dict.fromkeys(
+            (0x4006, 0x4008, 0x400A, 0x400E, 0x4010, 0x4014, 0x4016, 0x6000, 0x6002), 0
+        ),
+        0x2800: WORD,  # no linked VMCS
+        # The host
+        **dict.fromkeys((0xC00, 0xC04, 0xC06, 0xC08, 0xC0A, 0x4C00, 0x6C10, 0x6C12), 0),
+        0xC02: CODE64,
+        0xC0C: TASK_SELECTOR,
+        0x6C00: CR0_OWN,
+        0x6C02: ROOT_4,
+        0x6C04: CR4_OWN | 1 << 5 | 1 << 13,
+        **dict.fromkeys((0x6C06, 0x6C08, 0x6C0E), 0),
+        0x6C0A: WORLDS_OF[LONG_4][0].base + GDT + TSS_OFFSET,
+        0x6C0C: gdt,
+        0x2C02: 0x500,
+        # The guest
+        0x681A: 0x400,  # DR7
+        **dict.fromkeys((0x681C, 0x4824, 0x4826, 0x482A, 0x6822, 0x6824, 0x6826, 0x2802), 0),
+    }
+    for segment in range(6):  # ES, CS, SS, DS, FS, GS
+        is_code = segment == 1
+        kind = (0xA09B if long else 0xC09B) if is_code else 0xC093
+        fields[0x800 + 2 * segment] = code if is_code else data
+        fields[0x4800 + 2 * segment] = 0xFFFF_FFFF
+        fields[0x6806 + 2 * segment] = 0
+        fields[0x4814 + 2 * segment] = kind | ring << 5
+    fields |= {0x80C: 0, 0x480C: 0, 0x4820: 0x1_0000, 0x6812: 0}  # LDTR: unusable
+    fields |= {0x80E: TASK_SELECTOR, 0x480E: TSS_LIMIT, 0x4822: 0x8B, 0x6814: 0}  # TR
+    fields |= dict.fromkeys((0x4810, 0x4812, 0x6816, 0x6818), 0)  # GDTR, IDTR
+    return fields
+
+
+CR0_OWN, CR4_OWN = 0x8000_0031, 0x610
+TASK_SELECTOR = 0x38
 BLOCK_OF = {
-    (long, user): BLOCKS + PAGE * (2 * long + user)
+    (long, user): BLOCKS + 2 * PAGE * (2 * long + user)
     for long in (False, True)
     for user in (False, True)
 }
-"""The VMCB for a 32-bit or 64-bit code segment, supervisor or user."""
+"""The VMCB or VMCS for a 32-bit or 64-bit code segment, supervisor or user."""
+
+# THE WAY IN UNDER A SECOND STAGE
+
+
+class Nested(NamedTuple):
+    """A way into the guest's own pages from the root of a second stage; see virtual.py.
+
+    The root entry of this number leads to the frame `ept` or `npt`, which serves at every level and
+    maps the pages at `base`: the code page, and `guest`, which serves as the guest's table at every
+    level. Linear addresses in there: the code for the supervisor and for the user, and `TARGET`.
+    """
+
+    entry: int
+    base: Word
+    ept: int
+    npt: int
+    guest: int
+
+
+TARGET = 3 * PAGE
+EPT_ALL, EPT_MARKED, EPT_WRITE_BACK = 7, 0x300, 6 << 3
+NESTED = tuple(
+    Nested(entry, entry << 39, *(CONTROL_BLOCKS + 0x2_0000 + PAGE * (3 * n + i) for i in range(3)))
+    for n, entry in enumerate((1, 0, 0x1F7))
+)
 
 
 # THE MACHINE
@@ -341,6 +414,8 @@ class Machine(ABC):
 
     name: str
     features: Features
+    ept_capabilities: Word = 0
+    """IA32_VMX_EPT_VPID_CAP."""
     avoid: Word = 0
     """Bits of CR4 that are better left alone here, though the processor has them."""
     starts = 0
@@ -459,9 +534,19 @@ class Machine(ABC):
             self.write(base + code, self.read(CODE_PAGE, PAGE))
         self.write(base + IDT, _gates(base, long=False).ljust(PAGE, b"\0"))
         self.write(base + GDT, _descriptors(base, long=False))
+        gdt = self._mail(OWN_GDT)
         for (long, user), block in BLOCK_OF.items():
             if self.features.svm:
                 self.write(block, vmcb(long, user))
+            elif self.features.vmx:
+                fields = vmcs_fields(long, user, gdt)
+                pairs = [word for pair in fields.items() for word in pair]
+                self.write(block + PAGE, _words(len(fields), 0, *pairs))
+        for nested in NESTED:
+            self._prepare_nested(nested)
+        if self.features.vmx:
+            self.run(VMX, b"", 1)
+            self.ept_capabilities = int.from_bytes(self.read(MAIL + EPT_CAPABILITIES, 8), "little")
         keys = self.cr4 >> 22 & 1
         self.write(MAIL + HOST_KEYS, _doublewords(keys))
 
@@ -476,12 +561,23 @@ class Machine(ABC):
         flags = PRESENT if flavor == LEGACY_PAE else MARKED
         self.write(root + size * world.entry, pack(world.stub(0) | flags))
 
+    def _prepare_nested(self, nested: Nested) -> None:
+        code, tables = nested.base + SUPERVISOR_CODE, nested.base + TARGET
+        leaf = EPT_ALL | EPT_MARKED | EPT_WRITE_BACK
+        ept = (nested.ept | EPT_ALL | EPT_MARKED, CODE_PAGE | leaf, 0, nested.guest | leaf)
+        npt = (nested.npt | MARKED, CODE_PAGE | MARKED, 0, nested.guest | MARKED)
+        supervisor = PRESENT | ACCESSED
+        guest = (tables | MARKED, code | supervisor, code | supervisor | USER, 0)
+        for frame, entries in ((nested.ept, ept), (nested.npt, npt), (nested.guest, guest)):
+            self.write(frame, _words(*entries).ljust(PAGE, b"\0"))
+
     # Running records
 
     def give(self, flavor: int, records: bytes, stride: int, at: int = RECORDS) -> None:
         """Start on these records."""
         count = len(records) // stride
-        self.write(at, records)
+        if records:
+            self.write(at, records)
         self.write(MAIL + COUNT, _doublewords(count, stride, at))
         self.write(MAIL + COMMAND, _doublewords(flavor))
 

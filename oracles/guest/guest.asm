@@ -29,6 +29,8 @@
 %define LEFT     MAIL + 0x18
 %define FEATURES MAIL + 0x20
 %define HOSTKEYS MAIL + 0x40
+%define OWNGDT   MAIL + 0x44     ; where our own GDT is
+%define EPTCAPS  MAIL + 0x48     ; IA32_VMX_EPT_VPID_CAP, once the VMX flavor has been entered
 %define table    MAIL + 0x80     ; what LGDT and LIDT read; not beside code, which emulators watch
 
 ; A record.
@@ -47,7 +49,7 @@
 %define PKRS_    0x44
 %define STAGE    0x48            ; nested CR3 or EPT pointer, 0 for none
 %define RIP_     0x50            ; where the guest of a virtual flavor starts
-%define VECTOR   0x58            ; out: exception, or exit code
+%define VECTOR   0x58            ; out: exception, or exit code; in (SVM): the host's EFER
 %define CODE     0x60            ; out: error code, EXITINFO1, exit qualification
 %define FAULT    0x68            ; out: CR2, EXITINFO2, guest-physical address
 %define DATA     0x70            ; out: EAX and EDX as the access left them
@@ -145,6 +147,7 @@ start:
     add edi, 4
     mov eax, 0x80000001
     call feature                ; +0x18: CPUID.80000001 ECX and EDX
+    mov dword [OWNGDT], own_gdt
     ; Stamp the RAM below.
     xor edi, edi
     xor eax, eax
@@ -567,6 +570,10 @@ svm:
     mov r15d, [CURRENT]
     call poke_64
     call guest_keys
+    mov ecx, IA32_EFER          ; the host's: its NXE counts for nested page tables
+    mov eax, [r15 + VECTOR]
+    xor edx, edx
+    wrmsr
     mov r14, [r15 + BASE]
     mov rax, [r15 + CR0_]
     mov [r14 + 0x558], rax
@@ -681,6 +688,10 @@ vmx:
     push VMXON_REGION
     vmxon [rsp]
     pop rax
+    mov ecx, 0x48c
+    rdmsr
+    mov [EPTCAPS], eax
+    mov [EPTCAPS + 4], edx
     call own_keys
 .next:
     cmp dword [LEFT], 0
