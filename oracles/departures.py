@@ -9,33 +9,85 @@ from dataclasses import dataclass, replace
 
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
-from vapama.spec.memory import Memory
-from vapama.spec.outcomes import RSVD, I, Outcome, OutsideMemory, P, PageFault, Translated, U, W
+from vapama.spec.memory import Memory, Sparse
+from vapama.spec.outcomes import (
+    RSVD,
+    EptMisconfiguration,
+    GeneralProtection,
+    I,
+    NestedPageFault,
+    NonCanonical,
+    Outcome,
+    OutsideMemory,
+    P,
+    PageFault,
+    Translated,
+    U,
+    Update,
+    W,
+)
 from vapama.spec.subject import Capabilities, agree
 
-ACCESSED, PAGE_SIZE = 1 << 5, 1 << 7
+ACCESSED, PAGE_SIZE, BIT_8, BIT_12 = 1 << 5, 1 << 7, 1 << 8, 1 << 12
+LOW_32 = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A case in which a subject did not do what the reference says."""
+    """A case in which a subject did not do what the reference says.
 
-    cpu: Cpu
+    `entry_bytes` is the size of the entries, `describing` what an error code says of the access
+    (SDM Vol. 3A, 4.7) but for its `open_bits`, `reference` what the reference says of another
+    memory.
+    """
+
     memory: Memory
-    access: Access
     expected: Outcome
     observed: Outcome
     capabilities: Capabilities
+    entry_bytes: int
+    describing: int
+    reference: Callable[[Memory], Outcome] | None = None
+    open_bits: int = 0
 
     def is_just(self, instead: Outcome) -> bool:
         """Whether the reference would agree with this outcome in place of the observed one."""
         return bool(agree(self.expected, instead, self.memory, self.capabilities))
 
     @property
-    def describing(self) -> int:
-        """The error-code bits that describe the access: SDM Vol. 3A, 4.7."""
-        fetch = self.access.fetch & (self.cpu.nxe & self.cpu.cr4 >> 5 | self.cpu.smep)
-        return self.access.write * W | self.access.user * U | fetch * I
+    def code(self) -> int:
+        """The error code observed, of a page fault or a nested one; else 0."""
+        match self.observed:
+            case PageFault():
+                return self.observed.error_code
+            case NestedPageFault():
+                return self.observed.exitinfo1
+        return 0
+
+    def with_code(self, code: int) -> "Disagreement":
+        """The same with another error code observed."""
+        match self.observed:
+            case PageFault():
+                return replace(self, observed=replace(self.observed, error_code=code))
+            case NestedPageFault():
+                return replace(self, observed=replace(self.observed, exitinfo1=code))
+        return self
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The flags observed to be set."""
+        match self.observed:
+            case Translated():
+                return self.observed.updates
+            case NonCanonical() | GeneralProtection():
+                return ()
+        return self.observed.may_update
+
+
+def described(cpu: Cpu, access: Access) -> int:
+    """The error-code bits that describe an access to a linear address: SDM Vol. 3A, 4.7."""
+    fetch = access.fetch & (cpu.nxe & cpu.cr4 >> 5 | cpu.smep)
+    return access.write * W | access.user * U | fetch * I
 
 
 @dataclass(frozen=True)
@@ -50,47 +102,79 @@ class Departure:
 
 def _lacks_p(found: Disagreement) -> bool:
     """A reserved-bit fault without P."""
-    observed = found.observed
-    if not isinstance(observed, PageFault) or observed.error_code & (P | RSVD) != RSVD:
+    if found.code & (P | RSVD) != RSVD:
         return False
-    return found.is_just(replace(observed, error_code=observed.error_code | P))
+    whole = found.with_code(found.code | P)
+    return whole.is_just(whole.observed)
 
 
 def _marks_reserved(found: Disagreement) -> bool:
     """The same, and the large page that has the reserved bit is marked accessed."""
-    observed = found.observed
-    if not isinstance(observed, PageFault) or observed.error_code & (P | RSVD) != RSVD:
+    observed = found.with_code(found.code | P).observed
+    if found.code & (P | RSVD) != RSVD or not isinstance(observed, PageFault | NestedPageFault):
         return False
-    whole = replace(observed, error_code=observed.error_code | P)
     for update in observed.may_update:
         entry = found.memory.load(update.address)
         others = tuple(u for u in observed.may_update if u != update)
         marked = entry & PAGE_SIZE and update.bits == ACCESSED
-        if marked and found.is_just(replace(whole, may_update=others)):
+        if marked and found.is_just(replace(observed, may_update=others)):
             return True
     return False
 
 
-def _reads(found: Disagreement, code: int) -> bool:
-    """A page fault with this error code where the walk leaves memory."""
-    observed, expected = found.observed, found.expected
-    if not isinstance(expected, OutsideMemory) or not isinstance(observed, PageFault):
+def _ignores_bit_8(found: Disagreement) -> bool:
+    """Bit 8 of a nested PML4E is not checked: all is as if it were 0, or departs otherwise."""
+    if found.reference is None or not isinstance(found.expected, NestedPageFault):
         return False
-    beyond = OutsideMemory(expected.address, observed.may_update)
-    return observed.error_code == found.describing | code and found.is_just(beyond)
+    memory = found.memory
+    if not isinstance(memory, Sparse) or not found.expected.exitinfo1 & RSVD:
+        return False
+    root, entry = next(iter(memory.touched.items()))
+    if not entry & BIT_8:
+        return False
+    without = Sparse({**memory.touched, root: entry & ~BIT_8}, memory.limit)
+    instead = replace(found, memory=without, expected=found.reference(without), reference=None)
+    return instead.is_just(found.observed) or named(QEMU, instead) is not None
+
+
+def _ignores_bit_12(found: Disagreement) -> bool:
+    """Bit 12 of an EPT entry that maps a large page is not checked: all is as if it were 0."""
+    if found.reference is None or not isinstance(found.expected, EptMisconfiguration):
+        return False
+    if not isinstance(found.memory, Sparse) or not found.memory.touched:
+        return False
+    where, entry = list(found.memory.touched.items())[-1]
+    if entry & (PAGE_SIZE | BIT_12) != PAGE_SIZE | BIT_12:
+        return False
+    without = Sparse({**found.memory.touched, where: entry & ~BIT_12}, found.memory.limit)
+    instead = replace(found, memory=without, expected=found.reference(without), reference=None)
+    return instead.is_just(found.observed)
+
+
+def _reads(found: Disagreement, code: int) -> bool:
+    """A fault with this code where the walk leaves memory."""
+    if not isinstance(found.expected, OutsideMemory):
+        return False
+    if not isinstance(found.observed, PageFault | NestedPageFault):
+        return False
+    wrong = (found.code & LOW_32 ^ (found.describing | code)) & ~found.open_bits
+    return not wrong and found.is_just(OutsideMemory(found.expected.address, found.updates))
 
 
 def _reads_ones(found: Disagreement) -> bool:
     """As if ones were read where the walk leaves memory: as an entry of 8 bytes they have reserved
     bits set, as one of 4 bytes they may map a page, or what is left of one whose rights are above.
     """
+    if not isinstance(found.expected, OutsideMemory):
+        return False
+    beyond = OutsideMemory(found.expected.address, found.updates)
+    if isinstance(found.observed, EptMisconfiguration):
+        return found.is_just(beyond)
     if _reads(found, P | RSVD):
         return True
-    if found.cpu.mode.entry_bytes != 4:
+    if found.entry_bytes != 4:
         return False
-    if isinstance(found.observed, Translated) and isinstance(found.expected, OutsideMemory):
-        return found.is_just(OutsideMemory(found.expected.address, found.observed.updates))
-    return _reads(found, P)
+    return _reads(found, P) or (isinstance(found.observed, Translated) and found.is_just(beyond))
 
 
 RESERVED_LACKS_P = Departure(
@@ -107,6 +191,21 @@ RESERVED_IS_MARKED = Departure(
     "SDM Vol. 3A, 4.8. QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, mmu_translate",
     _marks_reserved,
 )
+BIT_8_IS_IGNORED = Departure(
+    "nested-pml4e-bit-8-is-not-reserved",
+    "bit 8 of a PML4E is not checked; in nested page tables, which have AMD's format, it must be 0",
+    "APM Vol. 2, 5.3.3, figure of the PML4E (MBZ); KVM, arch/x86/kvm/mmu/mmu.c, "
+    "nonleaf_bit8_rsvd. QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, mmu_translate",
+    _ignores_bit_8,
+)
+BIT_12_IS_IGNORED = Departure(
+    "ept-large-page-bit-12-is-not-reserved",
+    "bit 12 of an EPT entry that maps a 2-MByte or 1-GByte page is not checked; it must be 0",
+    "SDM Vol. 3C, tables 31-3 and 31-5: bits 20:12 and 29:12 are reserved. "
+    "Bochs 2.7, cpu/paging.cc, translate_guest_physical: the mask of the legacy tables, where the "
+    "bit is PAT",
+    _ignores_bit_12,
+)
 OUTSIDE_READS_0 = Departure(
     "table-outside-memory-reads-0",
     "where there is no memory a table reads as entries that are not present",
@@ -120,8 +219,8 @@ OUTSIDE_READS_ONES = Departure(
     _reads_ones,
 )
 
-QEMU = (RESERVED_LACKS_P, RESERVED_IS_MARKED, OUTSIDE_READS_0)
-BOCHS = (OUTSIDE_READS_ONES,)
+QEMU = (RESERVED_LACKS_P, RESERVED_IS_MARKED, OUTSIDE_READS_0, BIT_8_IS_IGNORED)
+BOCHS = (OUTSIDE_READS_ONES, BIT_12_IS_IGNORED)
 
 
 def named(known: tuple[Departure, ...], found: Disagreement) -> str | None:

@@ -592,6 +592,10 @@ class Machine(ABC):
             raise MachineDied(f"{self.name} ended")
         return False
 
+    def left(self) -> int:
+        """How many of the records given are not finished."""
+        return self._mail(LEFT)
+
     def await_finish(self) -> None:
         """Wait for it. Raises `MachineDied`, also when it takes more than `patience`."""
         polls, last, since = 0, -1, time.monotonic()
@@ -601,7 +605,7 @@ class Machine(ABC):
                 continue
             time.sleep(0.0002)
             if polls % 500 == 0:
-                left = self._mail(LEFT)
+                left = self.left()
                 if left != last:
                     last, since = left, time.monotonic()
                 elif time.monotonic() - since > self.patience:

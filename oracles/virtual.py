@@ -9,10 +9,10 @@ under test does not read leads there. See `Nested` in machine.py.
 import struct
 from typing import NamedTuple
 
-from vapama.oracles import bare_metal
 from vapama.oracles import machine as m
-from vapama.oracles.bare_metal import RECORD_BYTES, Result, changes, entries_after, is_free
+from vapama.oracles import native
 from vapama.oracles.machine import Machine, Nested
+from vapama.oracles.native import RECORD_BYTES, Result, changes, entries_after, is_free
 from vapama.spec import domains
 from vapama.spec.access import GuestPhysicalAccess
 from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, RFLAGS_ONE, WP
@@ -102,15 +102,13 @@ def ask(stage: Stage, memory: Sparse, access: GuestPhysicalAccess, machine: Mach
     page = address & m.FRAME | m.PRESENT | m.ACCESSED | m.DIRTY
     page |= access.writable << 1 | access.user << 2 | access.no_execute * NX
     entrance = nested.ept | m.EPT_ALL | m.EPT_MARKED if is_ept else nested.npt | m.MARKED
-    pokes = {
-        **memory.touched,
-        root | nested.entry << 3: entrance,
-        nested.guest | m.TARGET >> 12 << 3: page,
-    }
-    if len(pokes) > bare_metal.MOST_POKES:
+    own = {root | nested.entry << 3: entrance, nested.guest | m.TARGET >> 12 << 3: page}
+    pokes = {**memory.touched, **own}
+    if len(pokes) > native.MOST_POKES:
         raise NotCovered(f"a walk that reads {len(memory.touched)} entries")
-    if access.fetch and any(word in pokes for word in pages(memory, address)):
-        raise NotCovered("a fetch from a word that holds an entry")
+    avoided = pokes if access.fetch else own if access.write else {}
+    if any(word in avoided for word in pages(memory, address)):
+        raise NotCovered("a fetch from a word that holds an entry, or a write to one of ours")
     start = (m.USER_CODE if user else m.SUPERVISOR_CODE) + stub
     host_efer = LME | SVME | (stage.efer & NXE if isinstance(stage, Npt) else 0)
     head = m.HEAD.pack(
@@ -118,7 +116,7 @@ def ask(stage: Stage, memory: Sparse, access: GuestPhysicalAccess, machine: Mach
         m.TARGET | address & 0xFF8,
         stub,
         user,
-        bare_metal.MARKER,
+        native.MARKER,
         len(pokes),
         PG | PE | NE | (WP if access.writable or not access.write else 0),
         nested.base + m.TARGET,
@@ -196,8 +194,8 @@ def observed(asked: Ask, result: bytes, access: GuestPhysicalAccess, memory: Spa
     after = entries_after(result)
     accessed = asked.address | 7 if asked.stub == m.WRITE else asked.address
     if is_done(asked.flavor, found):
-        pa = bare_metal.where_it_went(found, asked.stub, asked.address, after)
-        bare_metal.unmark(asked.stub, pa, after, memory.touched)
+        pa = native.where_it_went(found, asked.stub, asked.address, after)
+        native.unmark(asked.stub, pa, after, memory.touched)
         return Translated(pa | access.address & 7, 0, changes(memory.touched, after))
     updates, gpa = changes(memory.touched, after), access.address
     if found.fault == accessed:

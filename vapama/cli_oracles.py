@@ -104,11 +104,12 @@ def _print(oracle: str, tally: Any) -> None:
     for why, count in sorted(tally.left_out.items()):
         console.print(f"left out: {count:,} cases: {why}", soft_wrap=True, style="dim")
     for found in tally.differences[:10]:
-        console.print(f"[bold red]difference[/]: {escape(str(found.access))}", soft_wrap=True)
-        for who, what in (("the reference", found.expected), (oracle, found.observed)):
+        case = found.case
+        console.print(f"[bold red]difference[/], {case.mode}: {case.access}", soft_wrap=True)
+        for who, what in (("the reference", case.expected), (oracle, found.observed)):
             console.print(f"    {who}: {what}", soft_wrap=True, markup=False)
-        console.print(f"    {found.cpu}", soft_wrap=True, markup=False)
-        entries = {hex(a): hex(v) for a, v in found.memory.touched.items()}
+        console.print(f"    {case.state}", soft_wrap=True, markup=False)
+        entries = {hex(a): hex(v) for a, v in case.memory.touched.items()}
         console.print(f"    {entries}", soft_wrap=True, markup=False)
     rate = tally.judged / max(tally.seconds, 1e-9)
     deaths = f", {tally.deaths} times started anew" if tally.deaths else ""

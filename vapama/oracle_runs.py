@@ -9,62 +9,58 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
-from typing import NamedTuple
 
 import msgspec
 
 from vapama.fuzz.decoded import RandomDraws
-from vapama.oracles import bare_metal
-from vapama.oracles.bare_metal import RECORD_BYTES, Ask, BareMetal
-from vapama.oracles.machine import (
-    LEGACY,
-    LEGACY_PAE,
-    LONG_4,
-    LONG_5,
-    RECORDS,
-    MachineDied,
-)
-from vapama.spec import domains
-from vapama.spec.access import Access
+from vapama.oracles import native, virtual
+from vapama.oracles.bare_metal import BareMetal
+from vapama.oracles.departures import Disagreement, described, named
+from vapama.oracles.machine import RECORDS, MachineDied
+from vapama.oracles.native import RECORD_BYTES
+from vapama.spec import domains, second_stage
+from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import VM, Cpu
 from vapama.spec.domains import Domain
-from vapama.spec.memory import Sparse, Watched
-from vapama.spec.nondet import (
-    LONG_MODE,
-    NO_PAGING,
-    PAE_PAGING,
-    PAGING_32,
-    ControlStates,
-)
-from vapama.spec.outcomes import Outcome, Translated, kind
+from vapama.spec.memory import Memory, Sparse, Watched
+from vapama.spec.nondet import LONG_MODE, NO_PAGING, PAE_PAGING, PAGING_32, ControlStates
+from vapama.spec.outcomes import I, Outcome, OutsideMemory, Translated, U, W, kind
 from vapama.spec.paging import translate
-from vapama.spec.subject import NotCovered, agree
+from vapama.spec.stage import Stage
+from vapama.spec.subject import SECOND_STAGE, NotCovered, agree
 
-STATES = (LONG_MODE, PAGING_32, PAE_PAGING, NO_PAGING)
-WEIGHTS = (5, 3, 3, 1)
-BATCH = 1000
-FLAVORS = {LEGACY: "32-bit", LEGACY_PAE: "PAE", LONG_4: "4-level", LONG_5: "5-level"}
+WEIGHTS = {LONG_MODE: 5, PAGING_32: 3, PAE_PAGING: 3, NO_PAGING: 1}
+"""How often cases of each kind of control state are drawn; `STAGE` is that of a second stage."""
+STAGE = 5
+BATCH = 2000
 
 
-class Drawn(NamedTuple):
+@dataclass
+class Drawn:
     """A case, what the reference says of it, and how the machine is asked."""
 
-    cpu: Cpu
+    mode: str
+    state: Cpu | Stage
     memory: Sparse
-    access: Access
+    access: Access | GuestPhysicalAccess
     expected: Outcome
-    ask: Ask
+    flavor: int
+    record: bytes
+    observed: Callable[[bytes], Outcome]
+    """The outcome that the record came back with. Raises `NotCovered`, `RuntimeError`."""
+    entry_bytes: int
+    describing: int
+    reference: Callable[[Memory], Outcome]
+    open_bits: int = 0
 
 
 @dataclass
 class Difference:
     """A case in which the machine did something else, and nobody knows why."""
 
-    cpu: Cpu
-    memory: Sparse
-    access: Access
-    expected: Outcome | str
+    case: Drawn
     observed: Outcome | str
 
 
@@ -88,11 +84,14 @@ class Tally:
         return self.agreed.total() + self.known.total() + len(self.differences)
 
 
+# CASES
+
+
 def narrowed(states: ControlStates, subject: BareMetal) -> dict[str, Domain]:
     """The draws of these states that the subject can take only some values of."""
     draws, narrow = dict(states.draws), dict(subject.capabilities.narrow)
     cr4 = draws["cr4"]
-    free = cr4.free & (subject.machine.cr4 | ~bare_metal.CR4_THAT_COUNTS)
+    free = cr4.free & (subject.machine.cr4 | ~native.CR4_THAT_COUNTS)
     narrow["cr4"] = replace(cr4, free=free)
     narrow["rflags"] = replace(draws["rflags"], free=draws["rflags"].free & ~VM)
     narrow["cr3"] = replace(domains.CR3, free=(1 << 25) - 1)
@@ -100,21 +99,96 @@ def narrowed(states: ControlStates, subject: BareMetal) -> dict[str, Domain]:
 
 
 def draw(random: Random, subject: BareMetal, tally: Tally) -> Iterator[Drawn]:
-    """Cases that the subject can be asked, of every mode, without end."""
-    chosen = [(states, narrowed(states, subject)) for states in STATES]
+    """Cases that the subject can be asked, of every mode and its second stage, without end."""
+    makers = [partial(_walk, states, narrowed(states, subject)) for states in WEIGHTS]
+    weights = list(WEIGHTS.values())
+    if SECOND_STAGE in subject.capabilities.observes:
+        makers.append(partial(_second_stage_walk, dict(subject.capabilities.narrow)))
+        weights.append(STAGE)
     while True:
-        states, narrow = random.choices(chosen, WEIGHTS)[0]
-        nondet = RandomDraws(random, narrow)
-        cpu, lazy, access = nondet.walk(states)
-        watched = Watched(lazy)
-        expected = translate(cpu, watched, access)
-        memory = Sparse({a: lazy.load(a) for a in watched.loads}, lazy.limit)
         try:
-            ask = bare_metal.ask(cpu, memory, access, subject.machine)
+            case = random.choices(makers, weights)[0](random, subject)
         except NotCovered as why:
-            tally.left_out[str(why)] += 1
+            tally.left_out[_kind_of_reason(why)] += 1
             continue
-        yield Drawn(cpu, memory, access, expected, ask)
+        yield case
+
+
+def _kind_of_reason(why: NotCovered) -> str:
+    """A reason without its numbers, to count alike ones together."""
+    return " ".join(word for word in str(why).split() if not word.startswith("0x"))
+
+
+def _walk(
+    states: ControlStates, narrow: dict[str, Domain], random: Random, subject: BareMetal
+) -> Drawn:
+    """A case of the guest's own paging."""
+    cpu, lazy, access = RandomDraws(random, narrow).walk(states)
+    watched = Watched(lazy)
+    expected = translate(cpu, watched, access)
+    memory = Sparse({a: lazy.load(a) for a in watched.loads}, lazy.limit)
+    _require_an_end(expected, access.fetch, cpu.mode.entry_bytes)
+    asked = native.ask(cpu, memory, access, subject.machine)
+
+    def observed(result: bytes) -> Outcome:
+        outcome = native.observed(asked, result, memory.touched)
+        if isinstance(outcome, Translated):
+            outcome.pa |= access.address & 7
+        return outcome
+
+    return Drawn(
+        cpu.mode.name,
+        cpu,
+        memory,
+        access,
+        expected,
+        asked.flavor,
+        asked.record,
+        observed,
+        cpu.mode.entry_bytes,
+        described(cpu, access),
+        lambda other: translate(cpu, other, access),
+    )
+
+
+def _second_stage_walk(narrow: dict[str, Domain], random: Random, subject: BareMetal) -> Drawn:
+    """A case of EPT or NPT, whichever the machine has."""
+    nondet, by_ept = RandomDraws(random, narrow), subject.machine.features.vmx
+    stage: Stage = nondet.ept() if by_ept else nondet.npt()
+    lazy = nondet.memory("host", entries=domains.EPT_ENTRY if by_ept else domains.ENTRY)
+    access = nondet.guest_physical_access()
+    watched = Watched(lazy)
+    expected = second_stage.translate(stage, watched, access)
+    memory = Sparse({a: lazy.load(a) for a in watched.loads}, lazy.limit)
+    _require_an_end(expected, access.fetch)
+    asked = virtual.ask(stage, memory, access, subject.machine)
+    return Drawn(
+        "EPT" if by_ept else "NPT",
+        stage,
+        memory,
+        access,
+        expected,
+        asked.flavor,
+        asked.record,
+        lambda result: virtual.observed(asked, result, access, memory),
+        8,
+        access.write * W | U | access.fetch * I,
+        lambda other: second_stage.translate(stage, other, access),
+        open_bits=I,
+    )
+
+
+def _require_an_end(expected: Outcome, fetch: int, entry_bytes: int = 8) -> None:
+    """Raise `NotCovered` for a fetch that would run on where there is no RAM.
+
+    A 4-byte entry where there is none may read as one that maps a page there.
+    """
+    beyond = isinstance(expected, Translated) and not native.is_free(expected.pa)
+    if fetch and (beyond or (entry_bytes == 4 and isinstance(expected, OutsideMemory))):
+        raise NotCovered("a fetch from where there is no RAM")
+
+
+# RUNS
 
 
 def run(
@@ -150,18 +224,17 @@ def _next_batch(
     """Cases of one flavor: as soon as there are enough of one."""
     while True:
         case = next(source)
-        group = waiting.setdefault(case.ask.flavor, [])
+        group = waiting.setdefault(case.flavor, [])
         group.append(case)
-        if len(group) >= min(BATCH, max(1, wanted)):
-            del waiting[case.ask.flavor]
-            return group
+        if len(group) >= min(BATCH, wanted):
+            return waiting.pop(case.flavor)
 
 
 def _give(subject: BareMetal, batch: Sequence[Drawn]) -> None:
     """Let the machine start on a batch. If it is dead, that shows when the batch is finished."""
-    records = b"".join(case.ask.record for case in batch)
+    records = b"".join(case.record for case in batch)
     with contextlib.suppress(OSError):
-        subject.machine.give(batch[0].ask.flavor, records, RECORD_BYTES)
+        subject.machine.give(batch[0].flavor, records, RECORD_BYTES)
 
 
 def _finish(
@@ -169,50 +242,64 @@ def _finish(
 ) -> list[tuple[Drawn, bytes | str]]:
     """Each case of the batch under way with its record as it came back, or why the machine died.
 
-    When it dies, the batch is run again in halves on a new one: a case that kills it is found, and
-    the others are not lost.
+    When it dies or hangs it is started again. The case that it was at is run alone then, to see if
+    it is to blame; those before it are run again with those behind, so that none is lost.
     """
-    machine = subject.machine
-    size = RECORD_BYTES
+    machine, size = subject.machine, RECORD_BYTES
+    at = len(batch) // 2
     try:
         machine.await_finish()
         results = machine.read(RECORDS, len(batch) * size)
-        if machine.read(0, bare_metal.POOL_BYTES) == bare_metal.STAMPS:
+        if machine.read(0, native.POOL_BYTES) == native.STAMPS:
             return [(case, results[i * size : (i + 1) * size]) for i, case in enumerate(batch)]
         why = "memory changed that is neither an entry of the walk nor its page"
     except (MachineDied, OSError) as death:
         why = str(death)
         tally.deaths += 1
+        with contextlib.suppress(OSError):
+            at = len(batch) - machine.left()
     machine.start()
     if len(batch) == 1:
         return [(batch[0], why)]
-    middle, done = len(batch) // 2, []
-    for half in (batch[:middle], batch[middle:]):
-        _give(subject, half)
-        done += _finish(subject, half, tally)
+    at = min(max(at, 0), len(batch) - 1)
+    done: list[tuple[Drawn, bytes | str]] = []
+    for part in (batch[:at], batch[at : at + 1], batch[at + 1 :]):
+        if part:
+            _give(subject, part)
+            done += _finish(subject, part, tally)
     return done
 
 
 def _judge(subject: BareMetal, case: Drawn, result: bytes | str, tally: Tally) -> None:
     if isinstance(result, str):
-        tally.differences.append(Difference(*case[:4], observed=result))
+        tally.differences.append(Difference(case, result))
         return
     try:
-        outcome = bare_metal.observed(case.ask, result, case.memory.touched)
+        outcome = case.observed(result)
     except NotCovered as why:
-        tally.left_out[str(why)] += 1
+        tally.left_out[_kind_of_reason(why)] += 1
         return
     except RuntimeError as why:
-        tally.differences.append(Difference(*case[:4], observed=str(why)))
+        tally.differences.append(Difference(case, str(why)))
         return
-    if isinstance(outcome, Translated):
-        outcome.pa |= case.access.address & 7
     if agree(case.expected, outcome, case.memory, subject.capabilities):
-        tally.agreed[FLAVORS[case.ask.flavor], kind(case.expected)] += 1
+        tally.agreed[case.mode, kind(case.expected)] += 1
         return
-    name = subject.departure(case.cpu, case.memory, case.access, case.expected, outcome)
+    name = named(
+        subject.departures,
+        Disagreement(
+            case.memory,
+            case.expected,
+            outcome,
+            subject.capabilities,
+            case.entry_bytes,
+            case.describing,
+            case.reference,
+            case.open_bits,
+        ),
+    )
     if name is None:
-        tally.differences.append(Difference(*case[:4], observed=outcome))
+        tally.differences.append(Difference(case, outcome))
     else:
         tally.known[name] += 1
 
@@ -229,10 +316,11 @@ def as_json(tally: Tally) -> bytes:
             "left_out": dict(sorted(tally.left_out.items())),
             "differences": [
                 {
-                    "cpu": found.cpu._asdict(),
-                    "access": found.access._asdict(),
-                    "memory": {hex(a): hex(v) for a, v in found.memory.touched.items()},
-                    "expected": str(found.expected),
+                    "mode": found.case.mode,
+                    "state": {name: str(v) for name, v in found.case.state._asdict().items()},
+                    "access": found.case.access._asdict(),
+                    "memory": {hex(a): hex(v) for a, v in found.case.memory.touched.items()},
+                    "expected": str(found.case.expected),
                     "observed": str(found.observed),
                 }
                 for found in tally.differences
