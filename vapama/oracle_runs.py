@@ -202,8 +202,9 @@ def run(
     source = draw(Random(seed), subject, tally)
     waiting: dict[int, list[Drawn]] = {}
     running: list[Drawn] = []
+    size = min(BATCH, cases // 20 + 1)  # so that a short run comes to every flavor
     while running or tally.judged < cases:
-        wanted = cases - tally.judged - len(running)
+        wanted = min(size, cases - tally.judged - len(running))
         batch = _next_batch(source, waiting, wanted) if wanted > 0 else []
         # The machine works on one batch while the other is made or judged.
         done = _finish(subject, running, tally) if running else []
@@ -226,7 +227,7 @@ def _next_batch(
         case = next(source)
         group = waiting.setdefault(case.flavor, [])
         group.append(case)
-        if len(group) >= min(BATCH, wanted):
+        if len(group) >= wanted:
             return waiting.pop(case.flavor)
 
 
