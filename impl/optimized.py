@@ -1,13 +1,14 @@
 """The kernels as subjects: `optimized` runs their source, `compiled` their machine code."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as np_typing
 
-from vapama.impl.kernels import ept, legacy, long_mode, npt
+from vapama.impl.kernels import ept, legacy, long_mode, npt, tlb
+from vapama.impl.tlb import Operations, Overlay
 from vapama.impl.vmm import Vmm
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LMA, LME, PAE, PE, PG, Cpu
@@ -27,6 +28,7 @@ from vapama.spec.outcomes import (
 from vapama.spec.stage import Ept, Stage
 from vapama.spec.steps import Plan
 from vapama.spec.subject import (
+    CACHED,
     EFFECTS,
     ERROR_CODE,
     LEVEL,
@@ -36,10 +38,13 @@ from vapama.spec.subject import (
     PDPTES,
     SECOND_STAGE,
     SECOND_STAGE_MANY,
+    TLB,
     UPDATES,
     VMM,
+    Cached,
     Capabilities,
     NotCovered,
+    Tlb,
 )
 from vapama.spec.words import Word, ite
 
@@ -152,11 +157,11 @@ class Optimized:
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
-        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM},
+        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, CACHED},
         symbolic=True,
     )
 
-    kernels = (long_mode, legacy, ept, npt)
+    kernels = (long_mode, legacy, ept, npt, tlb)
     """The modules under test, whose branches a fuzzer looks at."""
 
     def opaque(self, faculty: str) -> list[tuple[ModuleType, str]]:
@@ -242,6 +247,42 @@ class Optimized:
         """A hypervisor at power-on."""
         return Vmm(plan)
 
+    def tlb(self, cpu: Cpu, memory: Memory, vpid: Word = 0, sets: int = 1, ways: int = 4) -> Tlb:
+        """A processor with a software TLB, a small one unless told otherwise."""
+        return SoftwareTlb(cpu, memory, vpid, sets, ways)
+
+
+class SoftwareTlb(Operations):
+    """The kernels of the TLB as they are written, on a memory that can be written to."""
+
+    def __init__(self, cpu: Cpu, memory: Memory, vpid: Word, sets: int, ways: int) -> None:
+        super().__init__(cpu, vpid, sets, ways)
+        self.memory = Overlay(memory)
+
+    def translate(self, access: Access) -> Outcome:
+        """The outcome of an access; its updates are the flags that it set in memory."""
+        marks = Marks()
+        status, value = tlb.translate(
+            self.translations,
+            self.structures,
+            self.memory,
+            marks,
+            self.memory.limit >> 3,
+            *controls(self.cpu),
+            self.address_space(),
+            self.cpu.cr4 >> 7 & 1,
+            access.address,
+            access_word(access),
+            self.path,
+        )
+        for address, bits in marks.updates:
+            self.memory.write(address, self.memory.load(address) | bits)
+        return outcome(status, value, marks.updates)
+
+    def write(self, address: Word, value: Word) -> None:
+        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
+        self.memory.write(address, value)
+
 
 def _kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:
     """The kernels for a control state's mode, and what they need of it."""
@@ -264,7 +305,7 @@ class Compiled:
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY, PDPTES})
-        | {SECOND_STAGE, SECOND_STAGE_MANY},
+        | {SECOND_STAGE, SECOND_STAGE_MANY, TLB},
         preload=True,
     )
     LARGEST = 1 << 30
@@ -366,6 +407,12 @@ class Compiled:
         results = zip(gpas, statuses.tolist(), values.tolist(), strict=True)
         return [stage_outcome(stage, gpa, status, value) for gpa, status, value in results]
 
+    def tlb(self, cpu: Cpu, memory: Memory, vpid: Word = 0, sets: int = 1, ways: int = 4) -> Tlb:
+        """A processor with a software TLB, a small one unless told otherwise."""
+        if memory.limit > self.LARGEST or not isinstance(memory, Sparse):
+            raise NotCovered(f"a memory of {memory.limit:#x} bytes: no image is made of it")
+        return CompiledTlb(cpu, memory, vpid, sets, ways)
+
     def _updates(self, memory: Sparse, indices: list[int], translated: bool) -> tuple[Update, ...]:
         """The flags that a walk set in the image; with all the entries if it translated. The image
         is cleared for the next walk.
@@ -386,6 +433,55 @@ class Compiled:
         for index, value in zip(indices, memory.touched.values(), strict=True):
             self._image[index] = value
         return self._image, indices
+
+
+class CompiledTlb(Operations):
+    """The machine code of the TLB's kernels, on an image of memory."""
+
+    def __init__(self, cpu: Cpu, memory: Sparse, vpid: Word, sets: int, ways: int) -> None:
+        from vapama.impl.kernels.compiled import compiled
+
+        self.compiled = compiled
+        super().__init__(cpu, vpid, sets, ways)
+        self.image = self._array(memory.limit >> 3)
+        for address, value in memory.touched.items():
+            self.image[address >> 3] = value
+
+    def _array(self, count: int) -> Any:
+        return np.zeros(count, dtype=np.uint64)
+
+    def _run(self, kernel: Callable[..., Any], cache: Any, *words: Word) -> Any:
+        return self.compiled(kernel)(cache, *_words(*words))
+
+    def _call(self, kernel: Callable[..., Any], *words: Word) -> Any:
+        return self.compiled(kernel)(self.translations, self.structures, *_words(*words))
+
+    def translate(self, access: Access) -> Outcome:
+        """The outcome of an access; its updates are the bits that it newly set in memory."""
+        before = self.image.copy()
+        status, value = self.compiled(tlb.translate)(
+            self.translations,
+            self.structures,
+            self.image,
+            self.image,
+            *_words(len(self.image), *controls(self.cpu)),
+            *_words(self.address_space(), self.cpu.cr4 >> 7 & 1),
+            *_words(access.address, access_word(access)),
+            self.path,
+        )
+        updates = tuple(
+            Update(int(index) << 3, int(self.image[index] & ~before[index]))
+            for index in np.flatnonzero(before != self.image)
+        )
+        return outcome(int(status), int(value), updates)
+
+    def write(self, address: Word, value: Word) -> None:
+        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
+        self.image[address >> 3] = value
+
+    def cached(self) -> list[Cached]:
+        """All that is cached."""
+        return [Cached(*map(int, found)) for found in super().cached()]
 
 
 def translate_array(

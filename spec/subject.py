@@ -6,7 +6,7 @@ invariant compares only that.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.anatomy import MachineView
@@ -26,7 +26,7 @@ from vapama.spec.outcomes import (
 )
 from vapama.spec.stage import Stage
 from vapama.spec.steps import Plan, Seen, Step
-from vapama.spec.words import Condition, Word
+from vapama.spec.words import Condition, Flag, Word
 
 # What a subject can be able to observe.
 TRANSLATE = "translate"
@@ -53,6 +53,10 @@ SECOND_STAGE_MANY = "second_stage_many"
 """Has `second_stage_many`."""
 VMM = "vmm"
 """Has `vmm`: it runs programs of guest and host steps as a hypervisor."""
+TLB = "tlb"
+"""Has `tlb`: a processor that caches translations."""
+CACHED = "cached"
+"""What that processor has cached can be set up (`Tlb.put`), on any memory, whatever is in it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,63 @@ class Capabilities:
     symbolic: bool = False
     preload: bool = False
     narrow: Mapping[str, Domain] = field(default_factory=dict)
+
+
+class Cached(NamedTuple):
+    """Something that a processor has cached: a page, or a table that walks come to.
+
+    `level` is that of the entry that maps the page or references the table, and `address` the
+    first linear address that it serves. `entry` has the form of such an entry: frame, dirty flag
+    and protection key are its own; R/W and U/S are 1 if they are in all entries down to it, XD if
+    it is in one; and bit 3 of a page's is 1 if R/W is in all entries above it. PCID is 0 for what
+    is global.
+    """
+
+    is_table: Flag
+    level: int
+    address: Word
+    entry: Word
+    vpid: Word
+    pcid: Word
+    is_global: Flag
+
+
+class Tlb(Protocol):
+    """A processor that caches translations, with a memory of its own: what `tlb` gives.
+
+    `tlb(cpu, memory, vpid=0, sets=1)` begins with nothing cached, in caches of about so many sets.
+    Claims about a single step set up what is cached by `put` (see `CACHED`).
+    """
+
+    def translate(self, access: Access) -> Outcome:
+        """The outcome of an access; its updates are the flags that it set in memory."""
+
+    def write(self, address: Word, value: Word) -> None:
+        """Memory changes; nothing is invalidated."""
+
+    def change(self, cpu: Cpu) -> None:
+        """MOV to CR0 or CR4, or a write to another register that translation depends on."""
+
+    def mov_cr3(self, operand: Word) -> None:
+        """MOV to CR3, bit 63 of its operand included."""
+
+    def invlpg(self, address: Word) -> None:
+        """INVLPG."""
+
+    def invpcid(self, kind: int, pcid: Word = 0, address: Word = 0) -> None:
+        """INVPCID of a type from 0 to 3."""
+
+    def vm_transition(self, cpu: Cpu, vpid: Word = 0) -> None:
+        """A VM entry or VM exit, to this control state and VPID (0 for the host)."""
+
+    def invvpid(self, kind: int, vpid: Word = 0, address: Word = 0) -> None:
+        """INVVPID of a type from 0 to 3."""
+
+    def put(self, cached: Cached) -> None:
+        """Cache this."""
+
+    def cached(self) -> list[Cached]:
+        """All that is cached."""
 
 
 class Subject(Protocol):

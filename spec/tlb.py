@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
+from vapama.spec import modes
 from vapama.spec.access import Access
-from vapama.spec.cpu import PAE, PCIDE, PG, SMEP, Cpu, ImpossibleState
+from vapama.spec.cpu import LAM_U48, LAM_U57, PAE, PCIDE, PG, SMEP, Cpu, ImpossibleState
 from vapama.spec.memory import Memory
+from vapama.spec.modes import ACCESSED, DIRTY, GLOBAL, PRESENT
 from vapama.spec.outcomes import (
     RSVD,
     NonCanonical,
@@ -38,15 +40,8 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
-from vapama.spec.paging import (
-    ACCESSED,
-    DIRTY,
-    GLOBAL,
-    PRESENT,
-    address_width,
-    translate,
-)
-from vapama.spec.words import Condition, Word, is_canonical, ite, low_bits
+from vapama.spec.paging import linear_address, translate
+from vapama.spec.words import Condition, Word, bit, is_canonical, ite, low_bits
 
 PGE = 1 << 7
 """CR4.PGE: entries with G=1 map global pages."""
@@ -136,12 +131,13 @@ class Invalidation(NamedTuple):
     address: Word | None = None
     global_too: bool = False
     structures: str = ALL
+    but_vpid_0: bool = False
 
     def drops_translation(
         self, tag: Tag, address: Word, shift: Word, is_global: Condition
     ) -> Condition:
         """Whether it drops the translation of a page of 2**shift bytes that `address` is in."""
-        if not self._concerns(tag.vpid, self.vpid):
+        if not self._concerns_vpid(tag.vpid):
             return False
         if not self._serves(address, shift):
             return False
@@ -153,11 +149,14 @@ class Invalidation(NamedTuple):
         """Whether it drops a paging-structure-cache entry that serves the 2**shift bytes around
         `address`.
         """
-        if self.structures == NONE or not self._concerns(tag.vpid, self.vpid):
+        if self.structures == NONE or not self._concerns_vpid(tag.vpid):
             return False
         if self.structures == PATH and not self._serves(address, shift):
             return False
         return self._concerns(tag.pcid, self.pcid)
+
+    def _concerns_vpid(self, vpid: Word) -> Condition:
+        return vpid != 0 if self.but_vpid_0 else self._concerns(vpid, self.vpid)
 
     def _serves(self, address: Word, shift: Word) -> Condition:
         return True if self.address is None else self.address >> shift == address >> shift
@@ -168,16 +167,16 @@ class Invalidation(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a processor runs with, from time `start` on."""
+    """What a processor runs with from time `start` on, and the tag of mappings made meanwhile."""
 
     start: int
     cpu: Cpu
-    vpid: Word = 0
+    tag: Tag
 
-    @property
-    def tag(self) -> Tag:
-        """What mappings are associated with that are made here. PCID is 0 without CR4.PCIDE."""
-        return Tag(self.vpid, ite(self.cpu.cr4 & PCIDE != 0, self.cpu.cr3 & 0xFFF, 0))
+
+def context(start: int, cpu: Cpu, vpid: Word) -> Context:
+    """The context that begins with this control state. PCIDs are 0 without CR4.PCIDE."""
+    return Context(start, cpu, Tag(vpid, ite(cpu.cr4 & PCIDE != 0, cpu.cr3 & 0xFFF, 0)))
 
 
 class Allowed(NamedTuple):
@@ -199,7 +198,7 @@ class Processor:
 
     def __init__(self, history: History, cpu: Cpu, vpid: Word = 0) -> None:
         self.history = history
-        self.contexts = [Context(history.time, cpu, vpid)]
+        self.contexts = [context(history.time, cpu, vpid)]
         self.invalidations: list[tuple[int, Invalidation]] = []
 
     @property
@@ -223,7 +222,7 @@ class Processor:
 
     def invpcid(self, kind: int, pcid: Word = 0, address: Word = 0) -> None:
         """INVPCID: type 0, one address of a PCID; 1, a PCID; 2, all; 3, all that is not global."""
-        vpid = self.context.vpid
+        vpid = self.context.tag.vpid
         if kind == 0:
             self.drop(Invalidation(vpid, pcid, address, structures=PATH))
         elif kind == 1:
@@ -235,28 +234,28 @@ class Processor:
         else:
             raise ImpossibleState(f"INVPCID type {kind}: there are 0 to 3 (#GP)")
 
-    def mov_cr3(self, operand: Word) -> None:
+    def mov_cr3(self, operand: Word, pdptes: Sequence[Word] | None = None) -> None:
         """MOV to CR3: all that is not global of the PCID that becomes the current one, unless bit
-        63 of the operand is 1.
+        63 of the operand is 1. `pdptes` are what it loads in PAE paging (`paging.load_pdptes`).
         """
         cpu = self.cpu
         keep = (operand & KEEP != 0) & (cpu.cr4 & PCIDE != 0)
-        self._run_with(cpu._replace(cr3=operand & ~KEEP))
+        self._run_with(cpu._replace(cr3=operand & ~KEEP, pdptes=pdptes))
         if not keep:
             vpid, pcid, _ = self.context.tag
             self._now_drops(Invalidation(vpid, pcid))
 
-    def task_switch(self, cr3: Word) -> None:
+    def task_switch(self, cr3: Word, pdptes: Sequence[Word] | None = None) -> None:
         """A task switch: if it changes CR3, all of PCID 000H that is not global."""
         if cr3 != self.cpu.cr3:
-            self._run_with(self.cpu._replace(cr3=cr3))
-            self._now_drops(Invalidation(self.context.vpid, 0))
+            self._run_with(self.cpu._replace(cr3=cr3, pdptes=pdptes))
+            self._now_drops(Invalidation(self.context.tag.vpid, 0))
 
     def change(self, cpu: Cpu) -> None:
         """MOV to CR0 or CR4, WRMSR to IA32_EFER or IA32_PKRS, WRPKRU, POPF: the control state
         becomes `cpu`, CR3 stays. What is invalidated depends on the bits that change.
         """
-        before, vpid = self.cpu, self.context.vpid
+        before, vpid = self.cpu, self.context.tag.vpid
         changed = before.cr4 ^ cpu.cr4
         self._run_with(cpu)
         if before.cr0 & ~cpu.cr0 & PG != 0:
@@ -273,15 +272,64 @@ class Processor:
         vpid, pcid, _ = self.context.tag
         self.drop(Invalidation(vpid, pcid, address, global_too=True, structures=PATH))
 
+    # VMX (SDM Vol. 3C, 28.3.3.1) AND SVM (APM Vol. 2, 15.16)
+
+    def vm_transition(self, cpu: Cpu, vpid: Word = 0) -> None:
+        """A VM entry or VM exit: from now on the processor runs with `cpu` and `vpid`.
+
+        VPID 0000H is the host's, and a guest's without VPIDs: what is associated with it is
+        invalidated by entries to such a guest and exits from it.
+        """
+        without_vpids = (vpid == 0) & (self.context.tag.vpid == 0)
+        self._run_with(cpu, vpid)
+        if without_vpids:
+            self._now_drops(Invalidation(0, global_too=True))
+
+    def invvpid(self, kind: int, vpid: Word = 0, address: Word = 0) -> None:
+        """INVVPID: type 0, one address of a VPID; 1, a VPID; 2, all but VPID 0000H; 3, a VPID but
+        for what is global. Whatever the PCID.
+        """
+        if kind == 0:
+            self.drop(Invalidation(vpid, None, address, global_too=True, structures=PATH))
+        elif kind == 1:
+            self.drop(Invalidation(vpid, global_too=True))
+        elif kind == 2:
+            self.drop(Invalidation(global_too=True, but_vpid_0=True))
+        elif kind == 3:
+            self.drop(Invalidation(vpid))
+        else:
+            raise ImpossibleState(f"INVVPID type {kind}: there are 0 to 3 (VMfail)")
+
+    def vmrun(self, cpu: Cpu, asid: Word, tlb_control: int = 0) -> None:
+        """VMRUN or #VMEXIT: the processor runs with `cpu` and this ASID, the host's being 0.
+
+        TLB_CONTROL 1 invalidates everything, 3 the ASID, 7 the ASID but for what is global.
+        """
+        self._run_with(cpu, asid)
+        if tlb_control == 1:
+            self._now_drops(Invalidation(global_too=True))
+        elif tlb_control == 3:
+            self._now_drops(Invalidation(asid, global_too=True))
+        elif tlb_control == 7:
+            self._now_drops(Invalidation(asid))
+        elif tlb_control != 0:
+            raise ImpossibleState(f"TLB_CONTROL {tlb_control}: there are 0, 1, 3 and 7")
+
+    def invlpga(self, address: Word, asid: Word) -> None:
+        """INVLPGA: one address of an ASID."""
+        self.invvpid(0, asid, address)
+
     def drop(self, invalidation: Invalidation) -> None:
-        """An operation that invalidates just this."""
+        """An operation that invalidates just this. INVLPGB is one for each processor, by the time
+        of the TLBSYNC that follows it (APM Vol. 3).
+        """
         self.history.time += 1
         self._now_drops(invalidation)
 
     def _run_with(self, cpu: Cpu, vpid: Word | None = None) -> None:
         self.history.time += 1
-        vpid = self.context.vpid if vpid is None else vpid
-        self.contexts.append(Context(self.history.time, cpu, vpid))
+        vpid = self.context.tag.vpid if vpid is None else vpid
+        self.contexts.append(context(self.history.time, cpu, vpid))
 
     def _now_drops(self, invalidation: Invalidation) -> None:
         self.invalidations.append((self.history.time, invalidation))
@@ -294,54 +342,76 @@ class Processor:
 
     def allowed(self, access: Access) -> Iterator[Allowed]:
         """Every outcome that `access` may have; the same one may come more than once."""
-        # CANONICAL
-        if not is_canonical(access.address, address_width(self.cpu.levels)):
-            yield Allowed(NonCanonical(), ())
+        # LINEAR ADDRESS
+        cpu = self.cpu
+        mode = cpu.mode
+        address = linear_address(cpu, mode, access)
+        if mode is modes.OFF or (mode.width > 32 and not is_canonical(address, mode.width)):
+            yield Allowed(self.fresh(access), ())
             return
 
-        # STALE WALKS, from each root that CR3 held with a tag whose mappings may be used now
-        current = self.context.tag
-        for root, tag, times in self._roots():
-            ours = tag.pcid == current.pcid
-            for outcome, reading in _each_walk(self, access, root, tag, times, ours):
+        # STALE WALKS, from each root that was used with a tag whose mappings may be used now
+        pcid = self.context.tag.pcid
+        for rooted, tag, times in self._roots():
+            ours = tag.pcid == pcid
+            for outcome, reading in _each_walk(self, rooted, access, address, tag, times, ours):
                 cached = _most_cached(outcome, reading, access)
                 if cached is not None:
                     yield Allowed(outcome, _updates(outcome)[cached:])
 
+    def cached(self, addresses: Sequence[Word]) -> frozenset[object]:
+        """All that may be cached for these addresses. Together with memory and the registers it
+        decides what may happen from now on.
+        """
+        found: set[object] = set()
+        for address in addresses:
+            access = Access(address)
+            for rooted, tag, times in self._roots():
+                for _, reading in _each_walk(self, rooted, access, address, tag, times, True):
+                    found |= reading.cacheable()
+        return frozenset(found)
+
     def allows(self, access: Access, observed: Outcome) -> Condition:
         """Whether `access` may have the `observed` outcome, with the flags that it says it set."""
-        found: Condition = False
+        fresh = self.fresh(access)
+        # The most frequent one first, for speed: `allowed` has it too.
+        found = _matches(Allowed(fresh, _updates(fresh)), observed, self.history)
+        if found:
+            return True
         for allowed in self.allowed(access):
             found = found | _matches(allowed, observed, self.history)
             if found:
                 return True
         return found
 
-    def _roots(self) -> Iterator[tuple[Word, Tag, Times]]:
-        """The values of CR3 with which mappings were made that may be used now, by tag, and when:
-        that of now first.
+    def _roots(self) -> list[tuple[Cpu, Tag, Times]]:
+        """The roots with which mappings were made that may be used now, as the control state of now
+        with that root; the tags of the mappings, and when it was. The root of now comes first.
         """
-        until, vpid = self.history.time + 1, self.context.vpid
-        found: list[tuple[Word, Tag, Times]] = []
+        until, vpid, now = self.history.time + 1, self.context.tag.vpid, self.cpu
+        masks = now.cr3 & (LAM_U57 | LAM_U48)
+        found: list[tuple[Cpu, Tag, Times]] = []
         for context in reversed(self.contexts):
             times = (1 << until) - (1 << context.start)
             until = context.start
-            if context.vpid != vpid:
+            if context.tag.vpid != vpid:
                 continue
-            root, tag = context.cpu.cr3, context.tag
-            for i, (its_root, its_tag, its_times) in enumerate(found):
-                if (its_root == root) & (its_tag.pcid == tag.pcid):
-                    found[i] = root, tag, its_times | times
+            cr3, pdptes = context.cpu.cr3 & ~(LAM_U57 | LAM_U48) | masks, context.cpu.pdptes
+            tag = context.tag
+            for i, (rooted, its_tag, its_times) in enumerate(found):
+                same = (rooted.cr3 == cr3) & (its_tag.pcid == tag.pcid)
+                if same and rooted.pdptes == pdptes:
+                    found[i] = rooted, tag, its_times | times
                     break
             else:
-                found.append((root, tag, times))
-        return iter(found)
+                found.append((now._replace(cr3=cr3, pdptes=pdptes), tag, times))
+        return found
 
     def _running(self, tag: Tag) -> Times:
         """When it ran with this tag, and so could make mappings of it."""
         times, until = 0, self.history.time + 1
         for context in reversed(self.contexts):
-            if (context.vpid == tag.vpid) & (context.tag.pcid == tag.pcid):
+            if (context.tag.vpid == tag.vpid) & (context.tag.pcid == tag.pcid):
                 times |= (1 << until) - (1 << context.start)
             until = context.start
         return times
@@ -382,6 +452,7 @@ class _Reading:
     def __init__(
         self,
         processor: Processor,
+        cpu: Cpu,
         address: Word,
         tag: Tag,
         root: Times,
@@ -390,10 +461,16 @@ class _Reading:
     ) -> None:
         self.processor, self.address, self.tag, self.ours = processor, address, tag, ours
         self.limit: Word = processor.history.limit
+        self.mode = cpu.mode
+        self.levels = self.mode.levels
+        if self.mode is modes.PAE and cpu.pdptes is None:
+            # The PDPTEs are read from memory too, and have no accessed flags.
+            self.levels = (modes.PDPTE, *self.levels)
         self.now: Times = 1 << processor.history.time
         self.before: Times = root & ~self.now
         self.cached: int | None = 0 if root & self.now and ours else None
         self.reads: list[Word] = []
+        self.kept: list[tuple[Word, ...]] = []
         self.choices, self.taken = choices, list[tuple[int, int]]()
 
     def load(self, address: Word) -> Word:
@@ -409,7 +486,7 @@ class _Reading:
         for value, times in self.processor.history.values(address):
             cached = self.cached if times & self.now else None
             before = times & earlier & ~self.now
-            if before and value & (PRESENT | ACCESSED) != PRESENT | ACCESSED:
+            if before and not self._can_be_cached(self._entry(value)):
                 before = 0
             if before or cached is not None:
                 options.append((value, before, cached))
@@ -421,8 +498,20 @@ class _Reading:
         choice = self.choices[number] if number < len(self.choices) else 0
         self.taken.append((choice, len(options)))
         value, self.before, self.cached = options[choice]
-        self.reads.append(value)
+        self.reads.append(self._entry(value))
         return value
+
+    def _entry(self, value: Word) -> Word:
+        """The entry in the 8 bytes that the walk reads next."""
+        if self.mode.entry_bytes == 8:
+            return value
+        half = bit(self.address, self.levels[len(self.reads)].shift)
+        return value >> 32 * half & low_bits(32)
+
+    def _can_be_cached(self, entry: Word) -> Condition:
+        """Only what is present, and only once its accessed flag is set. SDM Vol. 3A, 4.10.2.3."""
+        needed = PRESENT if len(self.levels) == 3 and not self.reads else PRESENT | ACCESSED
+        return entry & needed == needed
 
     def pass_on(self) -> None:
         """Take the walk so far as cached by a paging-structure cache, from `before` on."""
@@ -433,39 +522,53 @@ class _Reading:
             )
             if self.before & self.now and self.ours:
                 self.cached = len(self.reads)
+                self.kept.append(tuple(self.reads))
+
+    def cacheable(self) -> set[object]:
+        """What may be cached now of this walk, tables and pages apart."""
+        found: set[object] = {(self.address, self.tag, *table) for table in self.kept}
+        for is_global in (False, True):
+            if self.before and self.in_tlb(is_global):
+                found.add((self.address, self.tag, is_global, tuple(self.reads)))
+        return found
 
     def translated(self, dirty: bool) -> int | None:
         """`cached`, once the walk has come to a page: all of it may be cached by a TLB then, but
         not, for a write, without its dirty flag.
         """
-        leaf, shift = self.reads[-1], self._shift(len(self.reads))
-        is_global = (leaf & GLOBAL != 0) & (self.processor.cpu.cr4 & PGE != 0)
-        if self.before and (self.ours | is_global) and not (dirty and leaf & DIRTY == 0):
-            kept = self.processor._kept(
-                self.before,
-                lambda i: i.drops_translation(self.tag, self.address, shift, is_global),
-            )
-            if kept & self.now:
+        leaf = self.reads[-1]
+        if self.before and not (dirty and leaf & DIRTY == 0):
+            is_global = (leaf & GLOBAL != 0) & (self.processor.cpu.cr4 & PGE != 0)
+            if self.ours | is_global and self.in_tlb(is_global):
                 return len(self.reads)
         return self.cached
 
+    def in_tlb(self, is_global: Condition) -> bool:
+        """Whether a TLB may hold the translation that the walk has come to."""
+        shift = self._shift(len(self.reads))
+        kept = self.processor._kept(
+            self.before, lambda i: i.drops_translation(self.tag, self.address, shift, is_global)
+        )
+        return kept & self.now != 0
+
     def _shift(self, reads: int) -> Word:
         """log2 of the bytes that the entry read last serves."""
-        return 12 + 9 * (self.processor.cpu.levels - reads)
+        return self.levels[reads - 1].shift
 
 
 def _each_walk(
     processor: Processor,
+    cpu: Cpu,
     access: Access,
-    root: Word,
+    address: Word,
     tag: Tag,
     times: Times,
     ours: Condition,
 ) -> Iterator[tuple[Outcome, _Reading]]:
-    """Every walk from a root: as often as there are choices of what to read."""
-    cpu, choices = processor.cpu._replace(cr3=root), list[int]()
+    """Every walk from the root of `cpu`: as often as there are choices of what to read."""
+    choices: list[int] = []
     while True:
-        reading = _Reading(processor, access.address, tag, times, ours, choices)
+        reading = _Reading(processor, cpu, address, tag, times, ours, choices)
         with suppress(_NoSuchWalk):
             yield translate(cpu, reading, access), reading
         while reading.taken and reading.taken[-1][0] + 1 == reading.taken[-1][1]:

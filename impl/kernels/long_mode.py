@@ -91,6 +91,16 @@ def without_metadata(mode: Word, cr3: Word, address: Word, access: Word) -> Word
     return address
 
 
+def access_code(mode: Word, access: Word) -> Word:
+    """The bits of the error code that describe an access: I with NXE or SMEP alone, SS with CET."""
+    write = access >> 1 & 1
+    user = access >> 2 & 1
+    fetch = access >> 4 & 1
+    code = (write << 1) | (user << 2) | ((fetch & (mode >> MODE_NXE | mode >> MODE_SMEP)) << 4)
+    code = code | access & 0x40 & mode >> MODE_CET << 6
+    return code
+
+
 def walk(
     memory: Words,
     entries: Word,
@@ -114,16 +124,34 @@ def walk(
     upper = address >> (shift - 1)
     if upper != 0 and upper != (1 << (65 - shift)) - 1:
         return NONCANONICAL, 0
-    write = access >> 1 & 1
-    user = access >> 2 & 1
-    fetch = access >> 4 & 1
-    code = (write << 1) | (user << 2) | ((fetch & (mode >> MODE_NXE | mode >> MODE_SMEP)) << 4)
-    code = code | access & 0x40 & mode >> MODE_CET << 6
+    table = cr3 & FRAME
+    return walk_on(
+        memory, entries, mode, reserved, pkru, pkrs, address, access, path, level, table, 6, 0
+    )
+
+
+def walk_on(
+    memory: Words,
+    entries: Word,
+    mode: Word,
+    reserved: Word,
+    pkru: Word,
+    pkrs: Word,
+    address: Word,
+    access: Word,
+    path: Store,
+    level: Word,
+    table: Word,
+    rights: Word,
+    no_execute: Word,
+) -> tuple[Word, Word]:
+    """The walk from `level` on, at physical address `table`, with the rights met above it: R/W and
+    U/S that all entries had, XD that one had.
+    """
+    code = access_code(mode, access)
     # By level, where bit 7 (PS) must be 0.
     no_large = 0x30 | (mode >> MODE_PAGE1GB & 1 ^ 1) << 3
-    table = cr3 & FRAME
-    rights = 6
-    no_execute = 0
+    shift = 12 + 9 * level
     while True:
         shift = shift - 9
         index = (table >> 3) | (address >> shift & 0x1FF)
