@@ -7,6 +7,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as np_typing
 
+from vapama.impl.faculties import HostMemory
 from vapama.impl.kernels import ept, legacy, long_mode, npt, tlb
 from vapama.impl.tlb import Operations, Overlay
 from vapama.impl.vmm import Vmm
@@ -152,12 +153,13 @@ class Marks:
         self.updates = self.updates + (Update(index << 3, bits),)  # noqa: RUF005 (see lemmas)
 
 
-class Optimized:
+class Optimized(HostMemory):
     """The kernels as they are written."""
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
-        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, CACHED},
+        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, CACHED}
+        | HostMemory.OBSERVES,
         symbolic=True,
     )
 

@@ -1,0 +1,238 @@
+"""hugetlb pools and the mappings that use them; what backs a guest's slots; split and collapse.
+
+`Hugetlb` keeps the books as Linux does: a map of promises for each mapping, a hugetlbfs mount with
+a size of its own, and groups that promises are charged to. `Backing` gives a slot the frames of a
+pool. `split` and `collapse` rewrite tables.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vapama.impl.kernels import large_pages, pool
+from vapama.impl.kernels.pool import Pool, Subpool
+
+PRIVATE, SHARED, NORESERVE = 0, 1, 2
+EMPTY: Pool = (0, 0, 0, 0, 0, 0)
+
+
+@dataclass
+class Area:
+    """A mapping: pages promised to it, pages it has, and the group that its promises are charged
+    to.
+    """
+
+    kind: int
+    count: int
+    group: int
+    promised: set[int] = field(default_factory=set)
+    present: set[int] = field(default_factory=set)
+
+
+class Hugetlb:
+    """A pool, mappings numbered in the order of their making, and groups by number."""
+
+    stateful = True
+
+    def __init__(self, groups: int = 1, most: int = pool.NO_LIMIT) -> None:
+        """`most` is the size of the mount that mappings go to, in pages."""
+        self.words: Pool = EMPTY
+        self.mount: Subpool = (most, 0, 0, 0, 0)
+        self.areas: dict[int, Area] = {}
+        self.made = 0
+        self.charged = [0] * groups
+
+    @property
+    def pool(self) -> tuple[int, ...]:
+        """Total, free, reserved, surplus, overcommit."""
+        return self.words[:5]
+
+    def resize(self, count: int) -> None:
+        """Write `count` to nr_hugepages."""
+        self.words = pool.resize(self.words, count)
+
+    def overcommit(self, count: int) -> None:
+        """Write `count` to nr_overcommit_hugepages."""
+        self.words = (*self.words[:4], count, 0)
+
+    def map(self, kind: int, count: int, group: int = 0) -> bool:
+        """Map `count` pages; False for ENOMEM, with nothing changed."""
+        area = Area(kind, count, group)
+        if kind != NORESERVE:
+            words, mount = pool.reserve_in(self.words, self.mount, count)
+            if words[5]:
+                return False
+            self.words, self.mount = words, mount
+            self.charged[group] += count
+            area.promised = set(range(count))
+        self.areas[self.made] = area
+        self.made += 1
+        return True
+
+    def touch(self, number: int, page: int) -> bool:
+        """Fault a page in; False for SIGBUS."""
+        area = self.areas[number]
+        if page in area.present:
+            return True
+        if not self._take(page in area.promised):
+            return False
+        area.promised.discard(page)
+        area.present.add(page)
+        return True
+
+    def copy_fails(self, number: int, page: int) -> bool:
+        """Fault a page in for a copy from elsewhere (UFFDIO_COPY) that then fails.
+
+        The page goes back and, if it was promised, so does the promise.
+        """
+        area = self.areas[number]
+        if page in area.present:
+            return True
+        promised = page in area.promised
+        if not self._take(promised):
+            return False
+        self.words = pool.give(self.words, int(promised))
+        return True
+
+    def discard(self, number: int, page: int) -> None:
+        """MADV_DONTNEED: a shared mapping's page stays in its file."""
+        area = self.areas[number]
+        if area.kind != SHARED and page in area.present:
+            area.present.remove(page)
+            if self._give_back(area):
+                area.promised.add(page)
+
+    def unmap(self, number: int) -> None:
+        """Unmap a mapping: its pages are freed, its promises taken back."""
+        area = self.areas.pop(number)
+        promises = len(area.promised)
+        for _ in area.present:
+            promises += self._give_back(area)
+        self.words = pool.unreserve(self.words, promises)
+        if area.kind != NORESERVE:
+            self.mount = pool.put(self.mount, area.count)
+            self.charged[area.group] -= area.count
+
+    def child_writes(self, number: int, page: int) -> tuple[bool, tuple[int, ...]]:
+        """A forked child writes to a page and exits: whether it could, and the pool meanwhile."""
+        if self.areas[number].kind == SHARED:
+            return self.touch(number, page), self.pool
+        if not self._take(False):
+            return False, self.pool
+        meanwhile = self.pool
+        self.words = pool.give(self.words, 0)
+        return True, meanwhile
+
+    def owner_writes(self, number: int, page: int) -> tuple[bool, tuple[int, ...], bool]:
+        """With a forked child, the owner writes to a page and then the child does: whether the
+        owner could, the pool then, and whether the child could.
+        """
+        area = self.areas[number]
+        if area.kind == SHARED or page not in area.present:
+            could = self.touch(number, page)
+            meanwhile = self.pool
+            return could, meanwhile, could and self.child_writes(number, page)[0]
+        if not self._take(False):
+            # The owner of promises takes the page that the child shares; others are refused.
+            return area.kind == PRIVATE, self.pool, False
+        meanwhile = self.pool
+        self.words = pool.give(self.words, 0)
+        return True, meanwhile, True
+
+    def _take(self, promised: bool) -> bool:
+        words = pool.take(self.words, int(promised))
+        if words[5]:
+            return False
+        self.words = words
+        return True
+
+    def _give_back(self, area: Area) -> int:
+        """Free a page of an area; 1 if it is promised to it again."""
+        again = int(area.kind == PRIVATE and self.words[3] == 0)
+        self.words = pool.give(self.words, again)
+        return again
+
+
+# What backs a guest's memory
+
+
+class Backing:
+    """Frames of huge pages for a slot: handed out as they are faulted in, each aligned to its size.
+
+    `frames` are the free frames' first 4-KByte frame numbers. `level` is that of the huge pages.
+    """
+
+    def __init__(self, books: Hugetlb, frames: list[int], size: int, level: int) -> None:
+        self.books, self.frames, self.level = books, frames, level
+        self.page_bytes = 1 << 9 * level + 3
+        if size % self.page_bytes:
+            raise ValueError(f"a slot of {size:#x} bytes is no multiple of its huge pages")
+        if any(frame << 12 & self.page_bytes - 1 for frame in frames):
+            raise ValueError("a huge page's frames must be aligned to its size")
+        if not books.map(SHARED, size // self.page_bytes):
+            raise MemoryError("the pool has too few huge pages for the slot: raise nr_hugepages")
+        self.number = books.made - 1
+        self.mapped: dict[int, int] = {}
+
+    def frame_of(self, offset: int) -> int | None:
+        """The 4-KByte frame behind a byte of the slot, faulted in; None if there is none left."""
+        page = offset // self.page_bytes
+        if page not in self.mapped:
+            if not self.books.touch(self.number, page):
+                return None
+            self.mapped[page] = self.frames.pop(0)
+        return self.mapped[page] + (offset % self.page_bytes >> 12)
+
+    def release(self) -> None:
+        """Give all frames back."""
+        self.books.unmap(self.number)
+        self.frames += self.mapped.values()
+        self.mapped.clear()
+
+
+# Large leaves in tables
+
+
+def split(
+    image: npt.NDArray[np.uint64],
+    index: int,
+    level: int,
+    table_frame: int,
+    pointer: int,
+    flush: Callable[[], None],
+) -> None:
+    """Replace the large leaf at `index` (of 8-byte entries) by a table of 512 smaller ones.
+
+    The table is written in `table_frame` before it is linked, by an entry with the bits of
+    `pointer`; the large translation is flushed before anybody may change the small ones.
+    """
+    entry = int(image[index])
+    start = table_frame << 9
+    for child in range(512):
+        image[start + child] = large_pages.split_child(entry, level, child)
+    image[index] = table_frame << 12 | pointer
+    flush()
+
+
+def collapse(
+    image: npt.NDArray[np.uint64], index: int, level: int, flush: Callable[[], None]
+) -> bool:
+    """Replace the table that the entry at `index` links by one leaf of `level`, if it can be.
+
+    Small translations are flushed before the table's frame may be used otherwise.
+    """
+    start = (int(image[index]) & large_pages.FRAME) >> 3
+    first = int(image[start])
+    for child in range(512):
+        if not large_pages.joins(int(image[start + child]), first, child, level):
+            return False
+    image[index] = large_pages.joined(first, level)
+    flush()
+    return True
+
+
+def pieces_of_4m(entry: int) -> tuple[int, int]:
+    """The frames of the two 2-MByte pages that map a guest's 4-MByte page."""
+    return large_pages.half_of_4m(entry, 0), large_pages.half_of_4m(entry, 1 << 21)
