@@ -34,6 +34,7 @@ from vapama.proofs.symbolic import (
     SymMemory,
     SymWord,
     Unfaithful,
+    made,
     refusal,
     running,
     word,
@@ -179,9 +180,9 @@ class Kernel:
         for path in paths:
             path[:] = [Written(self._apply("path", WRITTEN, terms))] * len(path)
         if isinstance(memories[0], Counted):
-            loads = SymWord(self._apply("loads", WORDS, terms))
+            loads = made(self._apply("loads", WORDS, terms))
             memories[0].count = memories[0].count + loads
-        return tuple(SymWord(self._apply(str(i), WORDS, terms)) for i in range(self.results))
+        return tuple(made(self._apply(str(i), WORDS, terms)) for i in range(self.results))
 
     def _procedure(self, terms: list[z3.ExprRef], paths: list[list[Any]], marks: list[Any]) -> None:
         """A kernel without results: it only sets flags."""
@@ -353,7 +354,7 @@ class Lemmas:
             if part.name in ("updates", "may_update"):
                 values[part.name] = Segments(z3.Const(name, WRITTEN))
             else:
-                values[part.name] = SymWord(z3.BitVec(name, 64))
+                values[part.name] = made(z3.BitVec(name, 64))
         return kind(**values)
 
     def _rule_out(self, equality: Invariant, call: Call) -> None:

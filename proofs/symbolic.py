@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Number
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import z3
 
@@ -28,6 +28,7 @@ from vapama.spec.nondet import Nondet, Reject
 from vapama.spec.words import WORD
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 Operand = Any
 
 
@@ -107,6 +108,25 @@ class Symbol:
         return format(self)
 
 
+def once(operation: F) -> F:
+    """The operation, which depends on its operands alone, done once for the same ones.
+
+    Runs of one exploration build the same terms over and over, and building them takes z3 longer
+    than it takes to look the result up. Operands are told apart by identity, and kept.
+    """
+
+    def remembered(*operands: Operand) -> Any:
+        if _explorer is None:
+            return operation(*operands)
+        key = (operation, *((o,) if type(o) is int else id(o) for o in operands))
+        found = _explorer.built.get(key)
+        if found is None:
+            found = _explorer.built[key] = (operands, operation(*operands))
+        return found[1]
+
+    return cast(F, remembered)
+
+
 class SymWord(Symbol):
     """A word that is an SMT term, with the bits known to be possibly (`may`) and surely (`must`) 1.
 
@@ -119,27 +139,30 @@ class SymWord(Symbol):
     def __init__(self, term: z3.BitVecRef, may: int = WORD, must: int = 0) -> None:
         self.term, self.may, self.must = term, may, must
 
+    @once
     def __and__(self, other: Operand) -> Operand:
         if type(other) is Complement:
             return other & self
         if type(other) is int and other < 0:
             other &= WORD
         o = word(other)
-        return _make(self.term & o.term, self.may & o.may, self.must & o.must)
+        return made(self.term & o.term, self.may & o.may, self.must & o.must)
 
     __rand__ = __and__
 
+    @once
     def __or__(self, other: Operand) -> Operand:
         o = word(other)
-        return _make(self.term | o.term, self.may | o.may, self.must | o.must)
+        return made(self.term | o.term, self.may | o.may, self.must | o.must)
 
     __ror__ = __or__
 
+    @once
     def __xor__(self, other: Operand) -> Operand:
         o = word(other)
         must = (self.must & ~o.may) | (o.must & ~self.may)
         may = (self.may | o.may) & ~(self.must & o.must)
-        return _make(self.term ^ o.term, may, must)
+        return made(self.term ^ o.term, may, must)
 
     __rxor__ = __xor__
 
@@ -148,11 +171,11 @@ class SymWord(Symbol):
 
     def __add__(self, other: Operand) -> Operand:
         o = word(other)
-        total = self.term + o.term
+        total = _sum(self, o)
         most = self.may + o.may
         if most > WORD:
-            running().require(z3.UGE(total, self.term), "a sum may exceed 64 bits")
-        return _make(total, _ones(most) & WORD, 0)
+            running().require(z3.UGE(total.term, self.term), "a sum may exceed 64 bits")
+        return total
 
     __radd__ = __add__
 
@@ -160,7 +183,7 @@ class SymWord(Symbol):
         o = word(other)
         if self.must < o.may:
             running().require(z3.UGE(self.term, o.term), "a difference may be negative")
-        return _make(self.term - o.term, _ones(self.may), 0)
+        return _difference(self, o)
 
     def __rsub__(self, other: Operand) -> Operand:
         return word(other).__sub__(self)
@@ -170,7 +193,7 @@ class SymWord(Symbol):
         if self.may * o.may > WORD:
             wide = z3.ZeroExt(64, self.term) * z3.ZeroExt(64, o.term)
             running().require(z3.Extract(127, 64, wide) == 0, "a product may exceed 64 bits")
-        return _make(_product(self, o), _ones(self.may * o.may) & WORD, 0)
+        return _product(self, o)
 
     __rmul__ = __mul__
 
@@ -186,6 +209,7 @@ class SymWord(Symbol):
     def __rrshift__(self, other: Operand) -> Operand:
         return _shift_right(word(other), self)
 
+    @once
     def __eq__(self, other: object) -> Any:
         if not isinstance(other, Number):
             return NotImplemented
@@ -197,6 +221,7 @@ class SymWord(Symbol):
     def __ne__(self, other: object) -> Any:
         return _negated(self == other)
 
+    @once
     def __lt__(self, other: Operand) -> Any:
         o = word(other)
         if self.may < o.must:
@@ -219,7 +244,7 @@ class SymWord(Symbol):
             return True
         if not self.may:
             return False
-        return running().branch(self.term != 0)
+        return running().branch(_nonzero(self).term)
 
     # A word that is the same on all inputs can do what any int can.
 
@@ -248,10 +273,11 @@ class Complement(Symbol):
     def __init__(self, inner: SymWord) -> None:
         self.inner = inner
 
+    @once
     def __and__(self, other: Operand) -> Operand:
         o = word(other)
         i = self.inner
-        return _make(~i.term & o.term, ~i.must & o.may & WORD, ~i.may & o.must & WORD)
+        return made(~i.term & o.term, ~i.must & o.may & WORD, ~i.may & o.must & WORD)
 
     __rand__ = __and__
 
@@ -285,6 +311,7 @@ class SymBool(Symbol):
             return self is YES
         return running().branch(self.term)
 
+    @once
     def __and__(self, other: Operand) -> Operand:
         o = _condition(other)
         if o is None:
@@ -295,6 +322,7 @@ class SymBool(Symbol):
 
     __rand__ = __and__
 
+    @once
     def __or__(self, other: Operand) -> Operand:
         o = _condition(other)
         if o is None:
@@ -327,12 +355,13 @@ class SymBool(Symbol):
     __lt__, __le__ = _of_words("__lt__"), _of_words("__le__")
     __gt__, __ge__ = _of_words("__gt__"), _of_words("__ge__")
 
+    @once
     def ite(self, then: Operand, otherwise: Operand) -> Operand:
         """`then` where the condition holds, else `otherwise`: see `spec.words.ite`."""
         a, b = word(then), word(otherwise)
         if self is YES or self is NO:
             return a if self is YES else b
-        return _make(z3.If(self.term, a.term, b.term), a.may | b.may, a.must & b.must)
+        return made(z3.If(self.term, a.term, b.term), a.may | b.may, a.must & b.must)
 
 
 YES, NO = SymBool(z3.BoolVal(True)), SymBool(z3.BoolVal(False))
@@ -348,6 +377,7 @@ def _condition(value: Operand) -> SymBool | None:
     return None
 
 
+@once
 def _negated(condition: Any) -> Any:
     if condition is YES or condition is NO:
         return NO if condition is YES else YES
@@ -359,9 +389,7 @@ def word(value: Operand) -> SymWord:
     if type(value) is SymWord:
         return value
     if type(value) is SymBool:
-        if value is YES or value is NO:
-            return _constant(int(value is YES))
-        return SymWord(z3.If(value.term, _constant(1).term, _constant(0).term), 1, 0)
+        return _of_condition(value)
     if type(value) is Complement:
         raise Unfaithful(_COMPLEMENT)
     if not isinstance(value, int):
@@ -369,14 +397,39 @@ def word(value: Operand) -> SymWord:
     return _constant(int(value))
 
 
-def _product(a: SymWord, b: SymWord) -> z3.BitVecRef:
+@once
+def _of_condition(condition: SymBool) -> SymWord:
+    """1 where the condition holds, else 0."""
+    if condition is YES or condition is NO:
+        return _constant(int(condition is YES))
+    return made(z3.If(condition.term, _constant(1).term, _constant(0).term), 1, 0)
+
+
+@once
+def _nonzero(a: SymWord) -> SymBool:
+    return SymBool(a.term != 0)
+
+
+@once
+def _sum(a: SymWord, b: SymWord) -> SymWord:
+    return made(a.term + b.term, _ones(a.may + b.may) & WORD, 0)
+
+
+@once
+def _difference(a: SymWord, b: SymWord) -> SymWord:
+    return made(a.term - b.term, _ones(a.may), 0)
+
+
+@once
+def _product(a: SymWord, b: SymWord) -> SymWord:
     """The product as a term that is easy to decide: by a flag a choice, by a power of 2 a shift."""
+    may = _ones(a.may * b.may) & WORD
     for factor, other in ((a, b), (b, a)):
         if factor.may == 1:
-            return z3.If(factor.term == 1, other.term, _constant(0).term)
+            return made(z3.If(factor.term == 1, other.term, _constant(0).term), may, 0)
         if factor.may == factor.must and factor.may.bit_count() == 1:
-            return other.term << factor.may.bit_length() - 1
-    return a.term * b.term
+            return made(other.term << factor.may.bit_length() - 1, may, 0)
+    return made(a.term * b.term, may, 0)
 
 
 @lru_cache(maxsize=4096)
@@ -386,9 +439,15 @@ def _constant(value: int) -> SymWord:
     return SymWord(z3.BitVecVal(value, 64), value, value)
 
 
-def _make(term: z3.BitVecRef, may: int, must: int) -> SymWord:
-    """A word of this term; a constant if all of its bits are known."""
-    return _constant(may) if may == must else SymWord(term, may, must)
+def made(term: z3.BitVecRef, may: int = WORD, must: int = 0) -> SymWord:
+    """A word of this term; a constant if all of its bits are known. The same for the same term."""
+    if may == must:
+        return _constant(may)
+    made = SymWord(term, may, must)
+    if _explorer is None:
+        return made
+    # The word keeps the term alive, so that no other gets its number.
+    return _explorer.words_made.setdefault((term.get_id(), may, must), made)
 
 
 def _ones(most: int) -> int:
@@ -403,17 +462,27 @@ def _shift_left(a: SymWord, by: SymWord) -> Operand:
     if a.may << furthest > WORD and not (a.may == 1 and furthest <= 63):
         back = z3.LShR(a.term << by.term, by.term) == a.term
         running().require(back, "a left shift may exceed 64 bits")
+    return _shifted_left(a, by, furthest)
+
+
+@once
+def _shifted_left(a: SymWord, by: SymWord, furthest: int) -> SymWord:
     if by.may == by.must:
-        return _make(a.term << by.term, a.may << by.may & WORD, a.must << by.may & WORD)
-    return _make(a.term << by.term, _ones(a.may << furthest) & WORD, 0)
+        return made(a.term << by.term, a.may << by.may & WORD, a.must << by.may & WORD)
+    return made(a.term << by.term, _ones(a.may << furthest) & WORD, 0)
 
 
 def _shift_right(a: SymWord, by: SymWord) -> Operand:
     if by.may > 63:
         running().require(z3.ULT(by.term, 64), "a right shift may be by 64 or more")
+    return _shifted_right(a, by)
+
+
+@once
+def _shifted_right(a: SymWord, by: SymWord) -> SymWord:
     if by.may == by.must:
-        return _make(z3.LShR(a.term, by.term), a.may >> by.may, a.must >> by.may)
-    return _make(z3.LShR(a.term, by.term), _ones(a.may), 0)
+        return made(z3.LShR(a.term, by.term), a.may >> by.may, a.must >> by.may)
+    return made(z3.LShR(a.term, by.term), _ones(a.may), 0)
 
 
 class SymMemory:
@@ -437,7 +506,7 @@ class SymMemory:
                 return given
         value = z3.Select(self.array, where.term)
         self.loads.append((where.term, value))
-        return SymWord(value)
+        return made(value)
 
 
 BRANCH, ASSUME, CHOICE, MUST, ASK = "branch", "assume", "choice", "must", "ask"
@@ -495,6 +564,9 @@ class Explorer(Nondet):
         self.told = False
         self.stopped: Stop | None = None
         self.known: dict[int, bool] = {}
+        self.built: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        """Operands and results of operations on symbols: see `once`."""
+        self.words_made: dict[tuple[int, int, int], SymWord] = {}
         self.simplified: dict[int, tuple[z3.BoolRef, z3.BoolRef, bool]] = {}
         self.witness: z3.ModelRef | None = None
         self.refuted: list[tuple[list[z3.BoolRef], z3.BoolRef]] = []
@@ -514,13 +586,13 @@ class Explorer(Nondet):
             value = self.pins.get(name, domain.representatives()[0])
             if not domain.holds(value):
                 raise Reject
-            return SymWord(self._drawn(name, z3.BitVecVal(value, 64)))
+            return made(self._drawn(name, z3.BitVecVal(value, 64)))
         if domain.among:
             return self._among(name, domain.among)
         symbol = z3.BitVec(name, 64)
         any_word = domain.free == WORD and not domain.fixed
         term = symbol if any_word else symbol & domain.free | domain.fixed
-        return _make(self._drawn(name, term), domain.free | domain.fixed, domain.fixed)
+        return made(self._drawn(name, term), domain.free | domain.fixed, domain.fixed)
 
     def _among(self, name: str, values: tuple[int, ...]) -> SymWord:
         symbol = self._drawn(name, z3.BitVec(name, 64))
@@ -532,7 +604,7 @@ class Explorer(Nondet):
             self._assume(z3.And(z3.UGE(symbol, low), z3.ULE(symbol, high)))
         else:
             self._assume(z3.Or(*(symbol == value for value in values)))
-        return _make(symbol, may, must)
+        return made(symbol, may, must)
 
     def _drawn(self, name: str, term: z3.BitVecRef) -> z3.BitVecRef:
         """Keep the term of a draw."""

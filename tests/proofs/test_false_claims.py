@@ -469,6 +469,13 @@ def false_in_a_loop_that_is_like_another(nondet: Nondet, _: Any) -> None:
         assert (x >> 4) + i <= 14 + i
 
 
+@false
+def false_of_two_operations_on_the_same_words(nondet: Nondet, _: Any) -> None:
+    x, y = nondet.word("x", SMALL), nondet.word("y", SMALL)
+    both = x & y
+    assert x | y == both
+
+
 @true
 def true_in_each_round_of_a_loop(nondet: Nondet, _: Any) -> None:
     x = nondet.word("x", SMALL)
@@ -947,7 +954,7 @@ _NOT_RECORDED = """            if kind == BRANCH and not decision.open:
             self.trail.append(decision)
 """
 _RESET = "                    self.witness = None\n"
-_REMEMBERED = "self.known[term.get_id()] = (self._decide(BRANCH, sides) == 0) is not negated\n"
+_REMEMBERED = "self._learn(term, (self._decide(BRANCH, sides) == 0) is not negated)\n"
 
 MISTAKES = {
     "forced branches are not recorded": Mistake(
@@ -1065,6 +1072,20 @@ MISTAKES = {
         "self.simplified[term.get_id()] = (term, simple, negated)",
         "self.simplified[term.get_id()] = (simple, simple, negated)",
         false_in_a_loop_that_is_like_another,
+        TABLE_ALONE,
+        # What was built before keeps the terms too.
+        also=(
+            ("found = _explorer.built[key] =", "found ="),
+            (
+                "return _explorer.words_made.setdefault((term.get_id(), may, must), made)",
+                "return made",
+            ),
+        ),
+    ),
+    "operations are known by their operands alone": Mistake(
+        "key = (operation, *",
+        "key = (*",
+        false_of_two_operations_on_the_same_words,
         TABLE_ALONE,
     ),
     "words are signed": Mistake(
