@@ -124,34 +124,12 @@ def walk(
     upper = address >> (shift - 1)
     if upper != 0 and upper != (1 << (65 - shift)) - 1:
         return NONCANONICAL, 0
-    table = cr3 & FRAME
-    return walk_on(
-        memory, entries, mode, reserved, pkru, pkrs, address, access, path, level, table, 6, 0
-    )
-
-
-def walk_on(
-    memory: Words,
-    entries: Word,
-    mode: Word,
-    reserved: Word,
-    pkru: Word,
-    pkrs: Word,
-    address: Word,
-    access: Word,
-    path: Store,
-    level: Word,
-    table: Word,
-    rights: Word,
-    no_execute: Word,
-) -> tuple[Word, Word]:
-    """The walk from `level` on, at physical address `table`, with the rights met above it: R/W and
-    U/S that all entries had, XD that one had.
-    """
     code = access_code(mode, access)
     # By level, where bit 7 (PS) must be 0.
     no_large = 0x30 | (mode >> MODE_PAGE1GB & 1 ^ 1) << 3
-    shift = 12 + 9 * level
+    table = cr3 & FRAME
+    rights = 6
+    no_execute = 0
     while True:
         shift = shift - 9
         index = (table >> 3) | (address >> shift & 0x1FF)
