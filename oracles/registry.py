@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vapama.oracles import departures, unicorn
+from vapama.oracles import departures, kvm, unicorn
 from vapama.oracles.bochs import BIOS
 from vapama.oracles.departures import Departure
 from vapama.oracles.qemu import EMULATOR
@@ -52,6 +52,20 @@ UNICORN_DEPARTURES = tuple(
     for name, source in unicorn.DEPARTURES.items()
 )
 
+KVM_DEPARTURES = tuple(
+    Departure(name, source, source, lambda found: False) for name, source in kvm.DEPARTURES.items()
+)
+
+
+def _kvm() -> str:
+    device = Path(kvm.DEVICE)
+    if not device.exists():
+        return f"there is no {device}"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return f"{device} may not be opened by this user"
+    return ""
+
+
 ORACLES = (
     Oracle(
         "unicorn", "Unicorn: QEMU 5's page walker in this process", _unicorn, UNICORN_DEPARTURES
@@ -68,12 +82,10 @@ ORACLES = (
         _bochs,
         departures.BOCHS,
     ),
+    Oracle(
+        "kvm",
+        "KVM's own walk on this host (KVM_TRANSLATE), no guest code run; only when it is named",
+        _kvm,
+        KVM_DEPARTURES,
+    ),
 )
-
-
-def kvm_lacks() -> str:
-    """Why /dev/kvm cannot be used; empty if it can."""
-    device = Path("/dev/kvm")
-    if not device.exists():
-        return "there is no /dev/kvm"
-    return "" if os.access(device, os.R_OK | os.W_OK) else "/dev/kvm may not be opened by this user"

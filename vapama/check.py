@@ -124,6 +124,12 @@ def plan(
             skipped["unicorn"] = "not installed: pip install 'vapama[unicorn]'"
         else:
             job("random", "unicorn", (WALK,), _scaled(budget, UNICORN_SHARE))
+        if WALK in names and budget.name == "nightly":
+            why = kvm_is_missing()
+            if why:
+                skipped["kvm"] = why
+            else:
+                job("random", "kvm", (WALK,), _scaled(budget, UNICORN_SHARE))
     if guest is not None:
         jobs.append(
             Job(engine=SNAPSHOT, subject="", invariants=(), budget=budget, snapshot=str(guest))
@@ -131,6 +137,14 @@ def plan(
     for name in proofs:
         job("z3", main, (name,))
     return jobs, skipped
+
+
+def kvm_is_missing() -> str:
+    """Why KVM_TRANSLATE cannot be asked on this host; empty if it can."""
+    from vapama.oracles.registry import ORACLES, missing
+
+    (kvm,) = (oracle for oracle in ORACLES if oracle.name == "kvm")
+    return missing(kvm)
 
 
 def _proofs(invariants: list[Invariant]) -> list[str]:

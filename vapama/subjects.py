@@ -56,6 +56,15 @@ def _unicorn() -> Any:
         raise BadInput(f"--subject unicorn: {error}: pip install 'vapama[unicorn]'") from None
 
 
+def _kvm() -> Any:
+    from vapama.oracles.kvm import Kvm
+
+    try:
+        return Kvm()
+    except OSError as error:
+        raise BadInput(f"--subject kvm: /dev/kvm: {error.strerror}") from None
+
+
 def machine(name: str, options: Mapping[str, str]) -> Any:
     """A machine of `MACHINES`, with options by name. Raises `BadInput`."""
     from vapama.oracles.machine import CannotStart
@@ -86,6 +95,7 @@ SHORT_NAMES: dict[str, Callable[[], Any]] = {
     "reference": Reference,
     "unicorn": _unicorn,
     **{name: partial(machine, name, {}) for name in MACHINES},
+    "kvm": _kvm,
 }
 
 

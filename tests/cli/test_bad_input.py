@@ -87,7 +87,7 @@ def test_seconds_that_are_no_number_are_refused(vapama: Vapama, seconds: str) ->
 @pytest.mark.parametrize(
     ("subject", "says"),
     [
-        ("foo", "give one of optimized, compiled, reference, unicorn, qemu, bochs, or module"),
+        ("foo", "give one of optimized, compiled, reference, unicorn, qemu, bochs, kvm, or"),
         ("a:", "give one of"),
         (":", "give one of"),
         unflawed("rich reads `:b` as an emoji", ":b", "--subject :b: give one of"),

@@ -146,7 +146,9 @@ def test_list_shows_every_invariant_with_its_claim_and_source(vapama: Vapama) ->
         assert invariant.name in result.out
         assert " ".join((invariant.claim.__doc__ or "").split()) in text
         assert " ".join(invariant.source.split()) in text
-    names = "optimized, compiled, reference, unicorn, qemu, bochs, mistake:NAME, module:factory"
+    names = (
+        "optimized, compiled, reference, unicorn, qemu, bochs, kvm, mistake:NAME, module:factory"
+    )
     assert f"subjects: {names}" in text
 
 

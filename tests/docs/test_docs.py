@@ -22,7 +22,7 @@ import typer
 
 from vapama.cli import app
 from vapama.impl.optimized import Compiled, Optimized
-from vapama.oracles import bare_metal
+from vapama.oracles import bare_metal, kvm
 from vapama.oracles.departures import BOCHS, QEMU
 from vapama.oracles.unicorn import DEPARTURES, Unicorn
 from vapama.spec import subject as subjects
@@ -354,7 +354,13 @@ OBSERVATIONS = {name: value for name, value in vars(subjects).items() if name.is
 def test_every_observation_and_known_departure_is_documented() -> None:
     text = (DOCS / "reference" / "subjects.md").read_text()
     values = [f'"{value}"' for value in OBSERVATIONS.values()]
-    for name in (*OBSERVATIONS, *values, *DEPARTURES, *(d.name for d in QEMU + BOCHS)):
+    for name in (
+        *OBSERVATIONS,
+        *values,
+        *DEPARTURES,
+        *(d.name for d in QEMU + BOCHS),
+        *kvm.DEPARTURES,
+    ):
         assert f"`{name}`" in text, name
 
 
@@ -364,6 +370,7 @@ CAPABILITIES = {
     "reference": Reference.capabilities,
     "unicorn": Unicorn.capabilities,
     **{name: Capabilities(observes=bare_metal.OBSERVES) for name in MACHINES},
+    "kvm": Capabilities(observes=frozenset({subjects.PA})),
 }
 
 
