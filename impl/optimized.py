@@ -26,7 +26,7 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
-from vapama.spec.stage import Ept, Stage
+from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.steps import Plan
 from vapama.spec.subject import (
     CACHED,
@@ -324,6 +324,9 @@ class Compiled:
         for efer in (LME | LMA, 0):
             cpu = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=efer)
             self.translate(cpu, Sparse({0: 0}, 4096), Access(0))
+        for stage in (Ept(0x1E), Npt(0)):
+            self.second_stage(stage, Sparse({0: 0}, 4096), GuestPhysicalAccess(0))
+            self.second_stage_many(stage, Sparse({0: 0}, 4096), [0], GuestPhysicalAccess(0))
 
     def translate(self, cpu: Cpu, memory: Sparse, access: Access) -> Outcome:
         """The outcome of the compiled walk, with the flags that it set in memory."""
