@@ -6,6 +6,9 @@ from vapama.spec.memory import Sparse
 from vapama.spec.outcomes import (
     PK,
     RSVD,
+    EptMisconfiguration,
+    EptViolation,
+    NestedPageFault,
     NonCanonical,
     Outcome,
     OutsideMemory,
@@ -36,6 +39,8 @@ D18 = Update(0x18, ACCESSED | DIRTY)
 PAGE = Translated(0x9ABC, 1, (A8, A10, D18))
 FAULT = PageFault(P | U, (A8, A10))
 OUTSIDE = OutsideMemory(0x4000, (A8, A10))
+VIOLATION = EptViolation(0x181, 0x1234, (A8,), 1 << 12)
+NPF = NestedPageFault(1 << 32 | P | U, 0x1234, (A10,), 0x10)
 
 
 def seen(*what: str) -> Capabilities:
@@ -93,6 +98,23 @@ def seen(*what: str) -> Capabilities:
         (FAULT, PageFault(P | U, (Update(0x10, ACCESSED | DIRTY),)), (UPDATES,), False),
         (OUTSIDE, OutsideMemory(0x4000, (A10,)), (UPDATES,), True),
         (OUTSIDE, OutsideMemory(0x4000, (A18,)), (EFFECTS,), False),
+        # Second stages: kinds, addresses, codes but for their open bits, flags
+        (VIOLATION, EptViolation(0x181, 0x1234), (ERROR_CODE, UPDATES), True),
+        (VIOLATION, EptViolation(0x181 | 1 << 12, 0x1234), (ERROR_CODE,), True),
+        (VIOLATION, EptViolation(0x182, 0x1234), (ERROR_CODE,), False),
+        (VIOLATION, EptViolation(0x182, 0x1234), (UPDATES,), True),
+        (VIOLATION, EptViolation(0x181, 0x1235), (), False),
+        (VIOLATION, EptViolation(0x181, 0x1234, (A8,)), (UPDATES,), True),
+        (VIOLATION, EptViolation(0x181, 0x1234, (A10,)), (UPDATES,), False),
+        (VIOLATION, EptMisconfiguration(0x1234), (), False),
+        (VIOLATION, NestedPageFault(0x181, 0x1234), (), False),
+        (EptMisconfiguration(0x1234), EptMisconfiguration(0x1234), (), True),
+        (EptMisconfiguration(0x1234), EptMisconfiguration(0x1000), (), False),
+        (EptMisconfiguration(0x1234), EptMisconfiguration(0x1234, (A10,)), (EFFECTS,), False),
+        (NPF, NestedPageFault(1 << 32 | P | U | 0x10, 0x1234), (ERROR_CODE,), True),
+        (NPF, NestedPageFault(1 << 33 | P | U, 0x1234), (ERROR_CODE,), False),
+        (NPF, NestedPageFault(1 << 32 | P | U, 0x1238), (ERROR_CODE,), False),
+        (NPF, NestedPageFault(1 << 32 | P | U, 0x1234, (A18,)), (UPDATES,), False),
     ],
 )
 def test_a_subject_agrees_if_all_that_it_observes_is_allowed(
