@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from vapama.spec import ept, modes, npt, paging
-from vapama.spec.access import Access
+from vapama.spec import ept, modes, npt, paging, second_stage
+from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LAM_SUP, LAM_U48, LAM_U57, Cpu, reserved_in_pdptes
 from vapama.spec.memory import Memory
 from vapama.spec.modes import Mode
@@ -25,6 +25,7 @@ from vapama.spec.outcomes import (
     Update,
     W,
 )
+from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.words import is_canonical
 
 STRUCTURES = {5: "PML5E", 4: "PML4E", 3: "PDPTE", 2: "PDE", 1: "PTE"}
@@ -51,6 +52,16 @@ QUALIFICATION_BITS: Names = (
     (ept.WRITABLE_PAGE, "writable-page"),
     (ept.NO_EXECUTE_PAGE, "no-execute-page"),
     (ept.SHADOW_STACK_ACCESS, "shadow-stack"),
+)
+EPT_BITS: Names = (
+    (ept.READ, "R"),
+    (ept.WRITE, "W"),
+    (ept.EXECUTE, "X"),
+    (ept.USER_EXECUTE, "XU"),
+    (ept.IGNORE_PAT, "IPAT"),
+    (ept.PAGE_SIZE, "PS"),
+    (ept.ACCESSED, "A"),
+    (ept.DIRTY, "D"),
 )
 FLAG_BITS: Names = (
     (paging.ACCESSED | paging.ACCESSED << 32 | ept.ACCESSED, "A"),
@@ -136,6 +147,107 @@ def describe_cpu(cpu: Cpu) -> str:
         if value
     ]
     return f"{cpu.mode.name}, MAXPHYADDR {cpu.maxphyaddr}, {', '.join(on) or 'no more'}"
+
+
+def explain_guest_physical(
+    stage: Stage, memory: Memory, access: GuestPhysicalAccess
+) -> Iterator[str]:
+    """A second stage's walk of one access, line by line, from its control state to its outcome."""
+    yield f"access   {describe_guest_physical(access)}"
+    yield f"control  {describe_stage(stage)}"
+    if isinstance(stage, Ept):
+        yield f"EPTP     {stage.eptp:#x}: the root table is at {stage.eptp & paging.FRAME:#x}"
+        width, steps = paging.address_width(stage.levels), ept.path(stage, memory, access.address)
+    else:
+        yield f"nCR3     {stage.ncr3:#x}: the root table is at {npt.root(stage):#x}"
+        width, steps = npt.address_width(stage), npt.path(stage, memory, access.address)
+    if access.address >> width:
+        yield f"         more than the {width} bits that these tables translate"
+    else:
+        for step in steps:
+            if isinstance(stage, Ept):
+                yield _describe_ept_step(stage, access.address, step)
+            else:
+                yield _describe_nested_step(stage, access.address, step)
+    narrow = isinstance(stage, Npt) and stage.levels == 2
+    mode = modes.TWO_LEVEL_PSE if narrow else modes.FIVE_LEVEL
+    yield f"outcome  {describe_outcome(second_stage.translate(stage, memory, access), mode)}"
+
+
+def describe_guest_physical(access: GuestPhysicalAccess) -> str:
+    """An access to a guest-physical address in words."""
+    what = "write" if access.write else "fetch" if access.fetch else "read"
+    if access.table:
+        of = "a guest's table" if access.linear else "a guest's PDPTEs, loaded by MOV to CR"
+        return f"{what} of {of} at {access.address:#x}"
+    page = [
+        "user" if access.user else "supervisor",
+        "writable" if access.writable else "read-only",
+        *(["no-execute"] if access.no_execute else []),
+        *(["shadow-stack access"] if access.shadow_stack else []),
+    ]
+    return f"{what} at {access.address:#x}; to the guest's paging {', '.join(page)}"
+
+
+def describe_stage(stage: Stage) -> str:
+    """The control state that matters to a second stage's walk, in words."""
+    if isinstance(stage, Ept):
+        features: Names = (
+            (stage.ad, "accessed and dirty flags"),
+            (stage.mbec, "mode-based execute control"),
+            (stage.execute_only, "execute-only entries"),
+            (stage.page2mb, "2-MByte pages"),
+            (stage.page1gb, "1-GByte pages"),
+            (stage.advanced, "advanced information"),
+        )
+        kind = f"{stage.levels}-level EPT"
+    else:
+        features = (
+            (stage.nxe, "EFER.NXE"),
+            (stage.pse & (stage.levels == 2), "CR4.PSE"),
+            (stage.page1gb & (stage.levels >= 4), "1-GByte pages"),
+        )
+        modes_of_hosts = {2: "32-bit", 3: "PAE", 4: "4-level", 5: "5-level"}
+        kind = f"nested tables of a host in {modes_of_hosts[stage.levels]} paging"
+    on = ", ".join(name for has, name in features if has)
+    return f"{kind}, MAXPHYADDR {stage.maxphyaddr}, {on or 'no more'}"
+
+
+def _describe_ept_step(stage: Ept, gpa: int, step: paging.Step) -> str:
+    level, address, entry = step
+    index = gpa >> 12 + 9 * (level - 1) & 0x1FF
+    bits = " ".join(name for bit, name in EPT_BITS if entry & bit) or "-"
+    text = f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#018x}  {bits}"
+    if not entry & ept.present_bits(stage):
+        return text + "  <- not present: stops here"
+    if ept.rights_conflict(stage, entry):
+        return text + "  <- rights that no entry may have: stops here"
+    if reserved := entry & ept.reserved(stage, entry, level):
+        return text + f"  <- reserved bits {reserved:#x} are set: stops here"
+    if not ept.maps_a_page(entry, level):
+        return text + f"  -> table at {entry & paging.FRAME:#x}"
+    if ept.is_reserved_type(entry >> 3 & 7):
+        return text + f"  <- memory type {entry >> 3 & 7} does not exist: stops here"
+    page = entry & paging.FRAME & ~paging.page_offset(level)
+    return text + f"  -> page of {SIZES[level]} at {page:#x}, memory type {entry >> 3 & 7}"
+
+
+def _describe_nested_step(stage: Npt, gpa: int, step: paging.Step) -> str:
+    level, address, entry = step
+    narrow = stage.levels == 2
+    index = (gpa >> 12 + (10 if narrow else 9) * (level - 1)) & (0x3FF if narrow else 0x1FF)
+    digits = 10 if narrow else 18
+    text = (
+        f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#0{digits}x}  {_bits(entry)}"
+    )
+    if not entry & paging.PRESENT:
+        return text + "  <- not present: stops here"
+    if reserved := entry & npt.reserved(stage, entry, level):
+        return text + f"  <- reserved bits {reserved:#x} are set: stops here"
+    if npt.maps_a_page(stage, entry, level):
+        size = "4 MBytes" if narrow and level == 2 else SIZES[level]
+        return text + f"  -> page of {size} at {npt.frame(stage, entry, level):#x}"
+    return text + f"  -> table at {entry & paging.FRAME:#x}"
 
 
 def describe_outcome(outcome: Outcome, mode: Mode = modes.FIVE_LEVEL) -> str:

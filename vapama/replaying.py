@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vapama.case import BadInput, Case, load_case
 from vapama.check import chosen_invariants
-from vapama.explain import describe_outcome, explain_access
+from vapama.explain import describe_outcome, explain_access, explain_guest_physical
 from vapama.fuzz import atheris_engine
 from vapama.fuzz.decoded import ByteDraws
 from vapama.fuzz.exhaustive import Scripted
@@ -23,18 +23,22 @@ from vapama.runs import (
     hang_guard,
 )
 from vapama.snapshot.truth import load_snapshot
-from vapama.spec.access import Access
+from vapama.spec import second_stage
+from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Image, Memory
 from vapama.spec.nondet import Invariant, Reject
 from vapama.spec.outcomes import Outcome
 from vapama.spec.paging import translate
+from vapama.spec.stage import Stage
 from vapama.spec.subject import agree
 from vapama.subjects import load_subject
 from vapama.verdict import EXIT_COUNTEREXAMPLE, EXIT_HELD, EXIT_UNDECIDED
 
 FAILS, HOLDS, SAYS_NOTHING = "fails", "holds", "says nothing"
 HANG_SECONDS = 10.0
+Walk = tuple[Cpu | Stage, Memory, Access | GuestPhysicalAccess]
+"""What a walk was asked: of linear addresses by control state, of guest-physical ones by stage."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,11 @@ def _symbolic(invariant: Invariant, subject: Guarded, case: Case) -> Answer:
 
 
 class Recorded(Guarded):
-    """A subject that keeps each call and its outcome, None if there was none."""
+    """A subject that keeps each walk asked of it and its outcome, None if there was none."""
 
     def __init__(self, guarded: Guarded) -> None:
         super().__init__(guarded.name, guarded.subject)
-        self.recorded: list[tuple[Cpu, Memory, Access, Outcome | None]] = []
+        self.recorded: list[tuple[Walk, Outcome | None]] = []
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The subject's outcome, kept."""
@@ -125,8 +129,28 @@ class Recorded(Guarded):
         try:
             outcome = super().translate(cpu, memory, access)
         finally:
-            self.recorded.append((cpu, memory, access, outcome))
+            self.recorded.append(((cpu, memory, access), outcome))
         return outcome
+
+    def second_stage(self, stage: Stage, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
+        """The subject's outcome, kept."""
+        outcome: Outcome | None = None
+        try:
+            outcome = super().second_stage(stage, memory, access)
+        finally:
+            self.recorded.append(((stage, memory, access), outcome))
+        return outcome
+
+
+def _explained(walk: Walk) -> tuple[Iterator[str], Outcome]:
+    """A walk line by line, and the reference's outcome."""
+    state, memory, access = walk
+    if isinstance(state, Cpu):
+        assert isinstance(access, Access)
+        return explain_access(state, memory, access), translate(state, memory, access)
+    assert isinstance(access, GuestPhysicalAccess)
+    expected = second_stage.translate(state, memory, access)
+    return explain_guest_physical(state, memory, access), expected
 
 
 def explain_case(path: Path, subject_name: str | None = None) -> Iterator[str]:
@@ -136,15 +160,15 @@ def explain_case(path: Path, subject_name: str | None = None) -> Iterator[str]:
     yield f"{invariant.title} ({invariant.source})"
     yield f"subject {subject.name}; found by {case.engine}"
     answer = _concrete(invariant, Replay(case.values(), subject.capabilities.narrow), subject)
-    for number, (cpu, memory, access, observed) in enumerate(subject.recorded, 1):
+    for number, (walk, observed) in enumerate(subject.recorded, 1):
         yield ""
         if len(subject.recorded) > 1:
             yield f"access {number} of {len(subject.recorded)}"
-        yield from explain_access(cpu, memory, access)
-        expected = translate(cpu, memory, access)
+        lines, expected = _explained(walk)
+        yield from lines
         if observed is None:
             yield f"subject  {subject.name} gives no outcome"
-        elif agree(expected, observed, memory, subject.capabilities):
+        elif agree(expected, observed, walk[1], subject.capabilities):
             yield f"         {subject.name} agrees"
         else:
             yield f"subject  {describe_outcome(observed)}   <- not what the reference allows"

@@ -17,6 +17,8 @@ from vapama.spec.nondet import Invariant, load_invariants
 from vapama.verdict import BUDGETS, COUNTEREXAMPLE, HELD, Verdict
 
 MOST_RANDOM_RUNS = 2_000_000
+MOST_FOR_HYPOTHESIS = 50
+"""Mistakes, evenly spread over all, that Hypothesis is tried on: it is the slowest to search."""
 OF_WALKS = [n for n, mistake in MISTAKES.items() if not load_invariants()[mistake.breaks].searched]
 """The others are of programs of many steps, which take milliseconds each: they have their own."""
 FEW = (
