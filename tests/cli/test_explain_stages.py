@@ -68,13 +68,13 @@ def test_a_second_stage_s_walk_says_where_and_why_it_stops(
 
 
 def test_a_case_of_a_second_stage_is_explained(tmp_path: Path) -> None:
-    draws = [("ept.low", 0x1E), ("ept.root", 0x1000), ("ept.maxphyaddr", 40), ("gpa", 0x1234)]
+    draws = [("ept.low", 0x1E), ("ept.root", 0x1000), ("ept.maxphyaddr", 40), ("gpa", 0x1834)]
     draws += [("host.limit", 0x8000), *((f"host[{a:#x}]", v) for a, v in ENTRIES.items())]
     draws += [("ept.capabilities", EPT_CAPABILITIES), ("gpa.access", 0x22)]
     case = make_case("the_ept_walk_equals_the_reference", "optimized", "random", "", draws)
     name = "mistake:ept-loses-a-bit-of-the-offset"
     lines = list(explain_case(case.save(tmp_path), name))
-    assert "access   write at 0x1234; to the guest's paging supervisor, writable" in lines
+    assert "access   write at 0x1834; to the guest's paging supervisor, writable" in lines
     assert lines[-3] == (
         "subject  translated to 0x5034, a page of 4 KBytes   <- not what the reference allows"
     )
