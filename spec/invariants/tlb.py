@@ -232,7 +232,8 @@ def _vmx() -> list[Operation]:
 
 NOTHING = Operation("", "nothing", ())
 """The first choice, which a program is shrunk to."""
-WIDE = [NOTHING, *_accesses() * 8, *_writes() * 2, *_invalidations(), *_registers() * 2, *_vmx()]
+ACCESSES, WRITES = _accesses(), _writes()
+WIDE = [NOTHING, *ACCESSES * 8, *WRITES * 2, *_invalidations(), *_registers() * 2, *_vmx()]
 """Steps of programs at random, as often as they are to come."""
 NARROW = [
     NOTHING,
@@ -282,6 +283,54 @@ def a_cached_outcome_is_an_allowed_one(nondet: Nondet, subject: Any) -> None:
             getattr(world, operation.method)(*operation.arguments)
     except AssertionError as error:
         raise AssertionError(f"after {'; '.join(told)}: {error}") from None
+
+
+RIGHT = {
+    "INVLPG": lambda world, access: world.invlpg(access.address),
+    "INVPCID 2": lambda world, access: world.invpcid(2, 0, 0),
+    "CR4.PGE toggled": lambda world, access: world.toggle("cr4", PGE),
+    "CR4.PCIDE toggled": lambda world, access: world.toggle("cr4", PCIDE),
+    "INVVPID 1": lambda world, access: world.invvpid(1, 0, 0),
+}
+"""Operations after which nothing is left that may be used for an address."""
+
+
+@invariant(
+    source="Intel SDM Vol. 3A, 4.10.4.2",
+    reaches=("memory said something else before", *RIGHT),
+    needs=(TLB,),
+    twin="a-pge-toggle-keeps-global-pages",
+    searched="the claims about one step are proved for any state",
+)
+def after_the_right_invalidation_only_memory_counts(nondet: Nondet, subject: Any) -> None:
+    """An access, a change of any table, an invalidation that covers the address: the next access
+    has the outcome of a walk that finds nothing cached, and no other is allowed.
+    """
+    # CACHE, CHANGE, INVALIDATE
+    world = World(nondet, subject)
+    access: Access = nondet.one_of("access", ACCESSES).arguments[0]
+    before = world.processor.fresh(access)
+    world.access(access)
+    world.write(*nondet.one_of("write", WRITES).arguments)
+    name = nondet.one_of("invalidation", list(RIGHT))
+    RIGHT[name](world, access)
+    nondet.reach(name)
+
+    # ACCESS AGAIN
+    fresh = world.processor.fresh(access)
+    if _told(fresh) != _told(before):
+        nondet.reach("memory said something else before")
+    assert all(
+        _told(allowed.outcome) == _told(fresh) for allowed in world.processor.allowed(access)
+    )
+    observed = world.subject.translate(access)
+    assert _told(observed) == _told(fresh)
+
+
+def _told(outcome: Any) -> tuple[Any, ...]:
+    """The kind of an outcome, and where it leads or what it reports."""
+    seen = (getattr(outcome, name, None) for name in ("pa", "error_code", "address"))
+    return (type(outcome), *seen)
 
 
 # STEP BY STEP
