@@ -1084,7 +1084,7 @@ MISTAKES = {
     ),
     "operations are known by their operands alone": Mistake(
         "key = (operation, *",
-        "key = (*",
+        "key = (None, *",
         false_of_two_operations_on_the_same_words,
         TABLE_ALONE,
     ),
