@@ -55,13 +55,19 @@ def exit_status(verdicts: list[Verdict]) -> int:
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engines may spend on each invariant; `atheris` is for all invariants together."""
+    """What the engines may spend on each invariant; `atheris` is for all invariants together.
+
+    `enough_for` is the number of invariants that can have that much: more of them share it, and
+    then with `equalities` of the proofs only those that a kernel equals its reference are made.
+    """
 
     name: str
     hypothesis_examples: int
     random_seconds: float
     atheris_seconds: float
     exhaustive_width: int
+    enough_for: int = 1_000
+    equalities: bool = False
     rlimit: int = 20_000_000
     hang_seconds: float = 10.0
     seed: int | None = 0
@@ -75,6 +81,8 @@ BUDGETS = {
         random_seconds=0.25,
         atheris_seconds=6,
         exhaustive_width=5,
+        enough_for=30,
+        equalities=True,
     ),
     "standard": Budget(
         name="standard",
@@ -82,6 +90,7 @@ BUDGETS = {
         random_seconds=2,
         atheris_seconds=60,
         exhaustive_width=7,
+        enough_for=60,
     ),
     "nightly": Budget(
         name="nightly",
@@ -93,6 +102,16 @@ BUDGETS = {
         seed=None,
     ),
 }
+
+
+def shared(budget: Budget, invariants: int) -> Budget:
+    """The budget as so many invariants share it."""
+    share = min(1.0, budget.enough_for / max(invariants, 1))
+    return msgspec.structs.replace(
+        budget,
+        hypothesis_examples=max(1, int(budget.hypothesis_examples * share)),
+        random_seconds=budget.random_seconds * share,
+    )
 
 
 def budget_named(text: str, hang_seconds: float = 10.0) -> Budget:
