@@ -79,13 +79,15 @@ class Capabilities:
 
     `symbolic`: it runs on symbolic words, so that it can be proved. `preload`: it needs all the
     entries that a walk will read before it starts (a real machine does), not one by one.
-    `narrow`: draws, by name, that the subject can take only some values of.
+    `narrow`: draws, by name, that the subject can take only some values of. `confirmations`: how
+    often a failing Case must fail again to count, on a subject that others may disturb.
     """
 
     observes: frozenset[str]
     symbolic: bool = False
     preload: bool = False
     narrow: Mapping[str, Domain] = field(default_factory=dict)
+    confirmations: int = 0
 
 
 class Cached(NamedTuple):

@@ -394,6 +394,10 @@ def replay(invariant: Invariant, case: Case, subject: Guarded) -> tuple[Failure 
     return attempt(invariant, nondet, subject), nondet
 
 
+SHRINKS_ON_A_MACHINE = 400
+"""How many runs shrinking may take on a subject whose failures are confirmed: each is slow."""
+
+
 def shrink(
     invariant: Invariant,
     subject: Guarded,
@@ -407,6 +411,9 @@ def shrink(
     None if the draws do not fail when replayed.
     """
     runs = 0
+    confirmations = subject.capabilities.confirmations
+    if confirmations:
+        most_runs = min(most_runs, SHRINKS_ON_A_MACHINE)
 
     def fails(values: dict[str, int]) -> tuple[Failure, Replay] | None:
         nonlocal runs
@@ -430,6 +437,9 @@ def shrink(
                     if found is not None and _size(found[1]) < _size(best[1]):
                         best, improved = found, True
                         break
+        if best is not None:
+            again = [fails(dict(best[1].draws())) for _ in range(confirmations)]
+            best = None if None in again else best
     if best is None:
         return None
     failure, nondet = best

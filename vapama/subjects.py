@@ -89,11 +89,25 @@ MACHINES: dict[str, tuple[str, dict[str, Callable[[str], Any]]]] = {
     "bochs": ("vapama.oracles.bochs", {"model": str}),
 }
 """Machines that run our guest: the module of each, and its options (`qemu,model=EPYC`)."""
+
+
+def _linux(module: str, factory: str) -> Any:
+    from vapama.oracles.linux_mm.knobs import Unavailable
+
+    name = f"linux-{module}"
+    try:
+        return getattr(importlib.import_module(f"vapama.oracles.linux_mm.{module}"), factory)()
+    except (Unavailable, OSError) as error:
+        raise BadInput(f"--subject {name}: it cannot be driven here: {error}") from None
+
+
 SHORT_NAMES: dict[str, Callable[[], Any]] = {
     "optimized": _optimized,
     "compiled": _compiled,
     "reference": Reference,
     "unicorn": _unicorn,
+    "linux-ksm": lambda: _linux("ksm", "LinuxKsm"),
+    "linux-hugetlb": lambda: _linux("hugetlb", "LinuxHugetlb"),
     **{name: partial(machine, name, {}) for name in MACHINES},
     "kvm": _kvm,
 }
