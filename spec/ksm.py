@@ -198,6 +198,8 @@ class Ksm(Pages):
         """By content, the KSM frames that have it, the head of the chain first."""
         self.unstable: dict[int, Item] = {}
         self.shared = self.sharing = self.unshared = self.skipped = 0
+        self.tied = False
+        """Whether a page had a choice that is not settled here: see `stable_node`."""
 
     # What processes ask for
 
@@ -351,6 +353,10 @@ class Ksm(Pages):
 
         A frame with no items is none. In a chain the one found moves to the head, unless it is
         full with the page that joins. Source: mm/ksm.c, stable_node_dup.
+
+        Of several that are equally full the first is taken. But the kernel reorders a chain also
+        when a search for another content passes by it, which depends on the shape of its tree: what
+        follows from such a choice (`tied`) is not settled.
         """
         nodes = self.living_nodes(content)
         limit = self.options.max_page_sharing
@@ -358,6 +364,7 @@ class Ksm(Pages):
         if not open_nodes:
             return None
         fullest = max(open_nodes, key=lambda node: len(node.items))
+        self.tied |= sum(len(node.items) == len(fullest.items) for node in open_nodes) > 1
         if nodes[0].chained:
             if len(nodes) == 1:
                 fullest.chained = False

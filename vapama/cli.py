@@ -17,6 +17,7 @@ from vapama.jobs import Event, Job
 from vapama.snapshot import truth
 from vapama.verdict import (
     EXIT_BAD_INPUT,
+    EXIT_COUNTEREXAMPLE,
     EXIT_HELD,
     EXIT_UNDECIDED,
     Verdict,
@@ -265,6 +266,65 @@ def explain(
         lines = replaying.explain_case(Path(what), subject)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def simulate(
+    host: Annotated[
+        bool, typer.Option(help="Look at this host's pools and KSM counters instead.")
+    ] = False,
+    memory: Annotated[int, typer.Option(min=2, help="The guest's memory, in MiB.")] = 4096,
+    pages: Annotated[str, typer.Option(help="The host's pages to set up: 4K, 2M or 1G.")] = "2M",
+    guest_pages: Annotated[str, typer.Option(help="The guest's own pages.")] = "4K",
+    guests: Annotated[int, typer.Option(min=1, max=64, help="Guests that KSM merges.")] = 4,
+    size: Annotated[int, typer.Option(min=1, max=65536, help="Pages of each.")] = 512,
+    alike: Annotated[float, typer.Option(min=0, max=1, help="What part is the same.")] = 0.5,
+    writes: Annotated[int, typer.Option(min=0, help="Pages each writes between scans.")] = 8,
+    scans: Annotated[int, typer.Option(min=1, max=10_000, help="How many scans.")] = 12,
+    seed: Annotated[int, typer.Option(help="The random seed.")] = 0,
+    json: Json = False,
+) -> None:
+    """Weigh page sizes and same-page merging against each other, in numbers; or check this host."""
+    from vapama import simulate as simulating
+
+    if host:
+        findings = simulating.look_at_host()
+        if json:
+            _print_as_json(findings)
+        for finding in [] if json else findings:
+            word = "holds" if finding.holds else "VIOLATED"
+            console.print(f"{word:<9} {finding.what}: {finding.told}", markup=False)
+        broken = any(not finding.holds for finding in findings)
+        raise typer.Exit(EXIT_COUNTEREXAMPLE if broken else EXIT_HELD)
+    for option, value in (("--pages", pages), ("--guest-pages", guest_pages)):
+        if value not in simulating.SIZES:
+            raise BadInput(f"{option} {value}: give one of {', '.join(simulating.SIZES)}")
+    walks = simulating.walks(memory << 20, guest_pages)
+    over_time = list(simulating.merging(guests, size, alike, writes, scans, seed))
+    setup = simulating.setup(memory << 20, pages, "/dev/hugepages")
+    if json:
+        _print_as_json({"walks": walks, "ksm": over_time, "setup": setup})
+        return
+    console.print(f"a guest of {memory} MiB with {guest_pages} pages, under nested paging")
+    for walk in walks:
+        console.print(
+            f"  host {walk.pages}: {walk.references:>2} references a walk, "
+            f"{walk.table_bytes >> 10:>6,} KiB of tables, {walk.huge_pages:>5,} huge pages"
+        )
+    console.print(f"KSM: {guests} guests of {size} pages, {writes} writes each between scans")
+    console.print("  scan    scanned     broken      saved")
+    bars = simulating.plotted([scan.saved for scan in over_time], 40)
+    for scan, bar in zip(over_time, bars, strict=True):
+        console.print(f"  {scan.scan:>4} {scan.scanned:>10,} {scan.broken:>10,} {bar}")
+    console.print(f"to have {pages} pages:")
+    for line in setup:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _print_as_json(result: object) -> None:
+    import msgspec
+
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 
 def hunt_mistakes(hunt: Callable[..., Verdict], json: bool, proving: bool = False) -> None:

@@ -48,6 +48,7 @@ class Knobs:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self.lock.close()
             raise Unavailable("another process drives the kernel's memory management") from None
         self.recover()
         atexit.register(self.restore)

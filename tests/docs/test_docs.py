@@ -24,6 +24,8 @@ from vapama.cli import app
 from vapama.impl.optimized import Compiled, Optimized
 from vapama.oracles import bare_metal, kvm
 from vapama.oracles.departures import BOCHS, QEMU
+from vapama.oracles.linux_mm.hugetlb import LinuxHugetlb
+from vapama.oracles.linux_mm.ksm import LinuxKsm
 from vapama.oracles.unicorn import DEPARTURES, Unicorn
 from vapama.spec import subject as subjects
 from vapama.spec.nondet import ACCESS_DRAWS, CPU_DRAWS
@@ -369,6 +371,8 @@ CAPABILITIES = {
     "compiled": Compiled.capabilities,
     "reference": Reference.capabilities,
     "unicorn": Unicorn.capabilities,
+    "linux-ksm": LinuxKsm.capabilities,
+    "linux-hugetlb": LinuxHugetlb.capabilities,
     **{name: Capabilities(observes=bare_metal.OBSERVES) for name in MACHINES},
     "kvm": Capabilities(observes=frozenset({subjects.PA})),
 }

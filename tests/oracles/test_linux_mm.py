@@ -1,0 +1,116 @@
+"""The running kernel agrees with the models, and gets its knobs back, whatever happens."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vapama.fuzz.random_engine import Search
+from vapama.oracles.linux_mm import hugetlb, ksm
+from vapama.oracles.linux_mm.knobs import Knobs, Unavailable, read
+from vapama.runs import Guarded
+from vapama.spec.nondet import load_invariants
+
+FACTORIES: dict[str, Any] = {"linux-ksm": ksm.LinuxKsm, "linux-hugetlb": hugetlb.LinuxHugetlb}
+PROGRAMS = {
+    "linux-ksm": "a_scan_merges_and_counts_as_the_model_says",
+    "linux-hugetlb": "a_pool_is_kept_as_the_model_says",
+}
+
+
+@pytest.fixture(params=FACTORIES)
+def kernel(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
+    """The running kernel, if it may be driven: only where that was asked for."""
+    if not os.environ.get("VAPAMA_DRIVE_LINUX"):
+        pytest.skip("it changes the machine's knobs: set VAPAMA_DRIVE_LINUX=1 to allow it")
+    try:
+        subject = FACTORIES[request.param]()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    yield request.param, subject
+    subject.close()
+
+
+def test_programs_agree_with_the_kernel_after_every_step(kernel: tuple[str, Any]) -> None:
+    name, subject = kernel
+    search = Search(load_invariants()[PROGRAMS[name]], Guarded(name, subject), seed=0)
+    try:
+        search.batch(40)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert search.failed is None, search.failed
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from vapama.oracles.linux_mm.knobs import Knobs
+knobs = Knobs(record=Path(sys.argv[2]))
+knobs.set(sys.argv[1], 42)
+knobs.set(sys.argv[1], 43)
+print("changed", flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def holder(knob: Path, record: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has changed a knob."""
+    command = [sys.executable, "-c", HOLDER, str(knob), str(record)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "changed\n"
+        yield process
+
+
+def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
+    knob, record = tmp_path / "knob", tmp_path / "record.json"
+    knob.write_text("7\n")
+    with holder(knob, record) as process:
+        assert read(str(knob)) == "43"
+        with pytest.raises(Unavailable, match="another process"):
+            Knobs(record=record)
+        process.kill()
+    assert (read(str(knob)), record.exists()) == ("43", True)
+    next_one = Knobs(record=record)
+    assert (read(str(knob)), record.exists()) == ("7", False)
+    next_one.lock.close()
+
+
+def test_a_terminated_run_cleans_up_itself(tmp_path: Path) -> None:
+    knob, record = tmp_path / "knob", tmp_path / "record.json"
+    knob.write_text("a [b] c\n")
+    with holder(knob, record) as process:
+        process.terminate()
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert (knob.read_text(), record.exists()) == ("b", False)
+
+
+def test_ksm_of_a_killed_run_is_restored(tmp_path: Path, kernel: tuple[str, Any]) -> None:
+    name, _ = kernel
+    if name != "linux-ksm":
+        pytest.skip("KSM's knobs stand for all")
+    names = ("run", "sleep_millisecs", "pages_to_scan", "max_page_sharing", "smart_scan")
+    before = {knob: read(ksm.FOLDER + knob) for knob in names}
+    program = (
+        "import time\nfrom vapama.oracles.linux_mm.ksm import LinuxKsm\n"
+        "LinuxKsm().ksm(2, 4, 1, 1)\nprint('changed', flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "changed\n"
+        assert read(ksm.FOLDER + "sleep_millisecs") != before["sleep_millisecs"]
+        process.kill()
+    time.sleep(0.2)
+    knobs = Knobs()
+    assert {knob: read(ksm.FOLDER + knob) for knob in names} == before
+    knobs.lock.close()
