@@ -189,6 +189,7 @@ class Guest:
         slot = self.slots.get(number)
         if slot is None or not slot.log:
             return frozenset()
+        self.mmu.collect(slot)
         dirty = frozenset(slot.dirty)
         slot.dirty.clear()
         self.mmu.watch_again(slot, dirty)

@@ -8,7 +8,7 @@ would be wrong to rely on stays visible for as long as the architecture lets it.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vapama.impl.kernels import long_mode
+from vapama.impl.kernels import ept, long_mode, npt
 from vapama.spec.anatomy import Cached
 from vapama.spec.cpu import Cpu
 
@@ -75,8 +75,48 @@ class Frames:
         self.free_list.append(frame)
 
 
-class WithUpper:
-    """Memory as a walk sees it that uses cached entries of upper levels where there are any."""
+Upper = dict[tuple[int, int], tuple[int, int]]
+"""Cached entries that lead to tables: by PCID and level together and the address's bits above, the
+index and the entry."""
+
+
+class Caching:
+    """Memory as a walk reads it that uses cached entries of upper levels where there are any.
+
+    A walk reads one entry a level, from the top.
+    """
+
+    __slots__ = ("address", "level", "memory", "read", "tag", "upper")
+
+    def __init__(self, memory: Any, upper: Upper) -> None:
+        self.memory, self.upper = memory, upper
+        self.read = [0] * 6
+        """The entries of the last walk, by level."""
+        self.address = self.level = self.tag = 0
+
+    def start(self, tag: int, address: int, levels: int) -> None:
+        """A walk for an address begins."""
+        self.tag, self.address, self.level = tag, address, levels
+
+    def __getitem__(self, index: int) -> int:
+        """The cached entry, or that in memory."""
+        level = self.level
+        self.level = level - 1
+        hit = self.upper.get((self.tag | level, self.address >> 3 + 9 * level))
+        entry: int = self.memory[index] if hit is None or level == 1 else hit[1]
+        self.read[level] = entry
+        return entry
+
+    def keep(self, level: int, index: int) -> int:
+        """Cache the entry of the last walk at a level, if it is not cached; returns it."""
+        key = self.tag | level, self.address >> 3 + 9 * level
+        return self.upper.setdefault(key, (index, self.read[level]))[1]
+
+
+class SecondStageView:
+    """Machine memory as the walk of a second stage reads it: an entry has one place there, so what
+    is cached is found by it.
+    """
 
     __slots__ = ("ram", "upper")
 
@@ -93,12 +133,11 @@ class Core:
     """A processor core that runs a virtual processor on one stage of tables.
 
     `tlb` holds translations by ``pcid << 54 | page number << 2 | level``, each as what the kernel
-    `finish` needs of it; `upper` entries that reference tables, by their index in memory.
+    `finish` needs of it; `upper` the entries of upper levels on the way.
     """
 
     __slots__ = (
         "code_mask",
-        "kernels",
         "levels",
         "mode",
         "path",
@@ -112,11 +151,11 @@ class Core:
         "walks",
     )
 
-    def __init__(self, ram: Ram, kernels: Any = long_mode) -> None:
-        self.ram, self.kernels = ram, kernels
+    def __init__(self, ram: Ram) -> None:
+        self.ram = ram
         self.tlb: dict[int, tuple[int, int, int, int, int]] = {}
-        self.upper: dict[int, int] = {}
-        self.view = WithUpper(ram, self.upper)
+        self.upper: Upper = {}
+        self.view = Caching(ram, self.upper)
         self.path = [0] * 6
         self.mode = self.reserved = self.root = self.pcid = 0
         self.levels = 4
@@ -125,9 +164,8 @@ class Core:
 
     def control(self, cpu: Cpu, root: int, pcid: int) -> None:
         """Run under these control registers (CR3's PCID aside), on the tables at `root`."""
-        k = self.kernels
-        self.mode = k.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
-        self.reserved = k.reserved_word(cpu.efer, cpu.maxphyaddr)
+        self.mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
+        self.reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
         self.levels = cpu.levels
         self.root, self.pcid = root, pcid << 54
         self.code_mask = (cpu.nxe | cpu.smep) << 4
@@ -155,16 +193,17 @@ class Core:
         self, address: int, access: int, entry: int, rights: int, nx: int, level: int, shift: int
     ) -> tuple[int, int]:
         code = access & 6 | (access & self.code_mask)
-        result: tuple[int, int] = self.kernels.finish(
+        result: tuple[int, int] = long_mode.finish(
             self.mode, 0, 0, address, code, access, entry, rights, nx, level, shift
         )
         return result
 
     def _walk(self, address: int, access: int) -> tuple[int, int]:
         self.walks += 1
-        k, path, upper, ram = self.kernels, self.path, self.upper, self.ram
-        status, value = k.walk(
-            self.view, LIMIT_WORDS, self.mode, self.reserved, self.root, 0, 0, address, access, path
+        path, view, ram = self.path, self.view, self.ram
+        view.start(self.pcid, address, self.levels)
+        status, value = long_mode.walk(
+            view, LIMIT_WORDS, self.mode, self.reserved, self.root, 0, 0, address, access, path
         )
         if status >= long_mode.FAULT:
             if status == long_mode.FAULT:
@@ -172,13 +211,10 @@ class Core:
             return status, value
         rights, no_execute = 6, 0
         for level in range(self.levels, status, -1):
-            index = path[level]
-            entry = upper.get(index)
-            if entry is None:
-                entry = upper[index] = ram[index]
+            entry = view.keep(level, path[level])
             rights &= entry
             no_execute |= entry >> 63
-        k.mark(ram, self.levels, status, access >> 1 & 1, path)
+        long_mode.mark(ram, self.levels, status, access >> 1 & 1, path)
         leaf = ram[path[status]]
         shift = 3 + 9 * status
         key = self.pcid | (address >> shift) << 2 | status
@@ -208,9 +244,205 @@ class Core:
         self.tlb.clear()
         self.upper.clear()
 
+    def upper_entries(self) -> Iterable[tuple[int, int]]:
+        """The entries of upper levels that it has cached, by index."""
+        return self.upper.values()
+
     def cached(self) -> Iterable[Cached]:
         """The translations that it has cached."""
         for key, (entry, rights, no_execute, level, shift) in self.tlb.items():
             address = (key >> 2 & (1 << 52) - 1) << shift & (1 << 64) - 1
             frame = (entry >> 12 & FRAME >> 12) & ~((1 << shift - 12) - 1)
             yield Cached(key >> 54, address, level, frame, rights & 6 | no_execute & 1 ^ 1)
+
+
+class LeftGuest(Exception):
+    """The second stage did not let a guest-physical access pass."""
+
+
+class TwoStageCore(Core):
+    """A core that runs a virtual processor on two stages: the guest's own tables, and those of the
+    hypervisor (`stage`, the kernels of EPT or NPT) for every guest-physical address on the way.
+
+    A cached translation is of a linear address to a machine page of 4 KBytes, with what the guest's
+    entry says and which rights the second stage gives.
+    """
+
+    __slots__ = (
+        "combined",
+        "gpa",
+        "guest_path",
+        "pkrs",
+        "pkru",
+        "places",
+        "stage",
+        "stage_access",
+        "stage_mode",
+        "stage_reserved",
+        "stage_root",
+        "stage_upper",
+        "stage_value",
+        "stage_view",
+    )
+
+    LEAVES = 16
+    """The status of an access that the second stage did not let pass: `gpa` and `stage_access` tell
+    which it was, `stage_value` what the stage's kernel said."""
+
+    def __init__(self, ram: Ram, stage: Any, mode: int, reserved: int) -> None:
+        super().__init__(ram)
+        self.stage, self.stage_mode, self.stage_reserved = stage, mode, reserved
+        self.stage_root = self.gpa = self.stage_access = self.stage_value = 0
+        self.pkru = self.pkrs = 0
+        self.guest_path = [0] * 6
+        self.view = Caching(self, self.upper)
+        self.stage_upper: dict[int, int] = {}
+        self.stage_view = SecondStageView(ram, self.stage_upper)
+        self.places: dict[int, int] = {}
+        """Where in machine memory the guest's entries are, by index, on the last walk."""
+        self.combined: dict[int, tuple[int, int]] = {}
+        """Machine frame and second-stage entry of each translation in `tlb`."""
+
+    def __getitem__(self, index: int) -> int:
+        """The guest's word with this index, as a walk of its tables reads it."""
+        place = self.places[index] = self._second(index << 3, TABLE) >> 3
+        return self.ram[place]
+
+    def _second(self, gpa: int, access: int) -> int:
+        """The machine address of a guest-physical one. Raises `LeftGuest`."""
+        stage, path = self.stage, self.path
+        status, value = stage.walk_and_mark(
+            self.stage_view,
+            self.ram,
+            LIMIT_WORDS,
+            self.stage_mode,
+            self.stage_reserved,
+            self.stage_root,
+            gpa,
+            access,
+            path,
+        )
+        if status > 3:
+            self.gpa, self.stage_access, self.stage_value = gpa, access, value
+            raise LeftGuest
+        for level in range(4, status, -1):
+            self.stage_upper.setdefault(path[level], self.ram[path[level]])
+        return int(value)
+
+    def translate(self, address: int, access: int) -> tuple[int, int]:
+        """What becomes of an access: (status, value) as `Core` has it, or `LEAVES`."""
+        key = self.pcid | (address >> 12) << 2 | 1
+        hit = self.tlb.get(key)
+        if hit is not None:
+            frame, last = self.combined[key]
+            status, value = self._finish(address, access, *hit)
+            if status == long_mode.FAULT:
+                self.forget(address)
+                return status, value
+            if status > 3 or self._serves(access, hit[0], last):
+                return status, frame << 12 | address & 0xFFF
+        try:
+            return self._walk(address, access)
+        except LeftGuest:
+            return self.LEAVES, self.gpa
+
+    def _serves(self, access: int, entry: int, last: int) -> bool:
+        """Whether a cached translation has what the access needs, dirty flags included."""
+        nested = self.stage is npt
+        if access & 2:
+            dirty = DIRTY if nested else 1 << 9 if self.stage_mode >> ept.MODE_AD & 1 else 0
+            return bool(entry & DIRTY and last & 2) and last & dirty == dirty
+        if access & 16:
+            return not last >> 63 if nested else bool(last & 4)
+        return True
+
+    def _finish(
+        self, address: int, access: int, entry: int, rights: int, nx: int, level: int, shift: int
+    ) -> tuple[int, int]:
+        code = access & 6 | (access & self.code_mask)
+        return long_mode.finish(
+            self.mode,
+            self.pkru,
+            self.pkrs,
+            address,
+            code,
+            access,
+            entry,
+            rights,
+            nx,
+            level,
+            shift,
+        )
+
+    def _walk(self, address: int, access: int) -> tuple[int, int]:
+        self.walks += 1
+        # THE GUEST'S TABLES
+        guest_path, view = self.guest_path, self.view
+        view.start(self.pcid, address, self.levels)
+        status, gpa = long_mode.walk(
+            view,
+            LIMIT_WORDS,
+            self.mode,
+            self.reserved,
+            self.root,
+            self.pkru,
+            self.pkrs,
+            address,
+            access,
+            guest_path,
+        )
+        if status > 3:
+            if status == long_mode.FAULT:
+                self.forget(address)
+            return status, gpa
+
+        # THE PAGE
+        value = self._second(gpa, access & 0x12)
+        last = self.ram[self.path[1]]
+
+        # THE GUEST'S FLAGS
+        rights, no_execute, entry = 6, 0, 0
+        for level in range(self.levels, status - 1, -1):
+            index, entry = guest_path[level], view.read[level]
+            need = ACCESSED | (DIRTY if level == status and access & 2 else 0)
+            if entry & need != need:
+                place = self._second(index << 3, TABLE | 2) >> 3
+                self.ram[place] |= need
+                entry |= need
+                view.read[level] = entry
+            if level > status:
+                view.keep(level, self.places.get(index, 0))
+            rights &= entry
+            no_execute |= entry >> 63
+        key = self.pcid | (address >> 12) << 2 | 1
+        self.tlb[key] = entry, rights, no_execute, status, 3 + 9 * status
+        self.combined[key] = value >> 12, last
+        return status, value
+
+    def forget_of(self, pcid: int, address: int) -> None:
+        """Drop an address's translations under a PCID, and all entries of upper levels."""
+        super().forget_of(pcid, address)
+        self.stage_upper.clear()
+
+    def forget_all(self) -> None:
+        """Drop all that is cached."""
+        super().forget_all()
+        self.stage_upper.clear()
+
+    def upper_entries(self) -> Iterable[tuple[int, int]]:
+        """The entries of upper levels that it has cached, by index; of both stages."""
+        yield from self.upper.values()
+        yield from self.stage_upper.items()
+
+    def cached(self) -> Iterable[Cached]:
+        """The second stage's part of the translations cached: by the guest frame's place."""
+        for key, (frame, last) in self.combined.items():
+            if key in self.tlb:
+                nested = self.stage is npt
+                execute = last >> 63 ^ 1 if nested else last >> 2 & 1
+                address = (key >> 2 & (1 << 52) - 1) << 12
+                yield Cached(key >> 54, address, 1, frame, last & 2 | 4 | execute)
+
+
+TABLE = 8
+"""A second stage's access to a guest's table, as its kernels take it."""

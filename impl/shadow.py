@@ -24,27 +24,39 @@ from vapama.impl.guest import (
     Vcpu,
     reflected,
 )
-from vapama.impl.hardware import LIMIT_WORDS, Core
+from vapama.impl.hardware import Core
 from vapama.impl.kernels import long_mode
+from vapama.impl.mmu import (
+    ACCESSED,
+    ALL,
+    DIRTY,
+    FRAME,
+    LARGE,
+    PRESENT,
+    USER,
+    WRITABLE,
+    Context,
+    Mmu,
+    U,
+    W,
+    X,
+    pcid,
+    rights_of,
+)
 from vapama.spec.anatomy import Anatomy, ProcessorView, Role
 from vapama.spec.cpu import Cpu
 from vapama.spec.steps import Seen
 
-# SPTE bits: the real processor's, and two of the software's.
-PRESENT, WRITABLE, USER, ACCESSED, DIRTY, LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
+# SPTE bits: the real processor's (see `vapama.impl.mmu`), and two of the software's.
 HOST_WRITABLE, MMU_WRITABLE = 1 << 9, 1 << 10
 """The host lets the page be written; the MMU does too, unless it is write-protected for a log."""
 NX = 1 << 63
-FRAME = 0x000F_FFFF_FFFF_F000
 LINK = PRESENT | WRITABLE | USER | ACCESSED
 """An SPTE that leads to a shadow page takes no rights away: leaves have all that there is."""
 DEVICE = PRESENT | 1 << 51
 """An SPTE of a device's page has a reserved bit set: bits 62:52 are the generation of the slots,
 bits 50:12 the guest frame, and W, U and NX the guest's rights to it."""
 DEVICE_GFN, DEVICE_GENERATION = (1 << 39) - 1, (1 << 11) - 1
-# Rights, as words.
-X, W, U = 1, 2, 4
-ALL = X | W | U
 # Role bits above the level (3:0) and the rights inherited (6:4).
 DIRECT, EFER_NX, CR0_WP, SMEP_NOT_WP, SMAP_NOT_WP = 1 << 7, 1 << 8, 1 << 9, 1 << 10, 1 << 11
 LEVEL, ACCESS = 0xF, 4
@@ -90,27 +102,27 @@ class Page:
         self.writes = 0
 
 
-class Context:
-    """What the MMU keeps for a virtual processor."""
+class ShadowContext(Context):
+    """What the shadow MMU keeps for a virtual processor."""
 
-    __slots__ = ("cached", "cr3", "mode", "reserved", "role", "root")
+    __slots__ = ("cached", "role", "root")
 
     def __init__(self) -> None:
+        super().__init__()
         self.root: Page | None = None
-        self.role = self.cr3 = self.mode = self.reserved = 0
+        self.role = 0
         self.cached: list[tuple[int, int, Page]] = []
         """Roots of before, the latest first: CR3, role and page."""
 
 
-class ShadowMmu:
+class ShadowMmu(Mmu):
     """The shadow MMU of one guest."""
 
     large_pages: Any = None
     """Says up to which level a slot's guest frame may be mapped by one SPTE; 1 if there is none."""
 
-    def __init__(self, guest: Guest, kernels: Any = long_mode) -> None:
-        self.guest, self.kernels = guest, kernels
-        self.ram, self.frames = guest.ram, guest.frames
+    def __init__(self, guest: Guest) -> None:
+        super().__init__(guest)
         self.pages: dict[int, Page] = {}
         """Shadow pages in use by frame, the oldest first."""
         self.by_role: dict[tuple[int, int], Page] = {}
@@ -124,8 +136,6 @@ class ShadowMmu:
         """The guest frame that an SPTE maps, by index in memory."""
         self.doomed: list[Page] = []
         """Zapped pages, to be freed after the flush."""
-        self.path = [0] * 6
-        self.gptes = [0] * 6
         self.blank = self.frames.take()
         """An empty table: the root while CR3 names no memory."""
 
@@ -133,19 +143,17 @@ class ShadowMmu:
 
     def new_core(self) -> Core:
         """A core for a virtual processor."""
-        return Core(self.ram, self.kernels)
+        return Core(self.ram)
 
     def power_on(self, vcpu: Vcpu) -> None:
         """Prepare a processor's context."""
-        vcpu.context = Context()
+        vcpu.context = ShadowContext()
         self._controls(vcpu)
 
     def _controls(self, vcpu: Vcpu) -> None:
         """Take in the guest's control registers, and set those that the core runs with."""
-        cpu, context, k = vcpu.cpu, vcpu.context, self.kernels
-        context.mode = k.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
-        context.reserved = k.reserved_word(cpu.efer, cpu.maxphyaddr)
-        context.cr3 = cpu.cr3
+        cpu, context = vcpu.cpu, vcpu.context
+        context.controls(cpu)
         not_wp = cpu.wp ^ 1
         context.role = (
             cpu.levels
@@ -287,60 +295,6 @@ class ShadowMmu:
             if page.level == 1 or not spte & PRESENT or spte & LARGE:
                 return
             page = self.pages[spte >> 12 & FRAME >> 12]
-
-    # The guest's own tables.
-
-    def walk(self, vcpu: Vcpu, address: int, word: int) -> tuple[int, int]:
-        """The guest's translation of an access: (status, value) as the kernel has it.
-
-        Sets the guest's accessed and dirty flags; a table in read-only memory keeps what it has.
-        The entries are left in `gptes`, by level. Raises `NotRam`.
-        """
-        guest, context, cpu, path = self.guest, vcpu.context, vcpu.cpu, self.path
-        status, value = self.kernels.walk(
-            guest,
-            LIMIT_WORDS,
-            context.mode,
-            context.reserved,
-            context.cr3,
-            cpu.pkru,
-            cpu.pkrs,
-            address,
-            word,
-            path,
-        )
-        if status > 3:
-            return status, value
-        need = ACCESSED
-        for level in range(cpu.levels, status - 1, -1):
-            index = path[level]
-            entry = guest[index]
-            if level == status and word & 2:
-                need |= DIRTY
-            if entry & need != need:
-                slot = guest.slot_of(index >> 9)
-                if slot is not None and not slot.readonly:
-                    entry |= need
-                    guest.put(index << 3, entry)
-            self.gptes[level] = entry
-        return status, value
-
-    def permits(self, vcpu: Vcpu, rights: int, word: int) -> bool:
-        """Whether the guest's control state lets an access have a page with these rights."""
-        cpu = vcpu.cpu
-        write, user, fetch = word >> 1 & 1, word >> 2 & 1, word >> 4 & 1
-        if user and not rights & U:
-            return False
-        if write and not rights & W:
-            # Where CR0.WP lets it pass all the same, the walk has a dirty flag to set.
-            return False
-        if fetch and not rights & X:
-            return False
-        if not user and rights & U:
-            if fetch:
-                return not cpu.smep
-            return not cpu.smap or (cpu.ac == 1 and not word & 1)
-        return True
 
     # The fault path.
 
@@ -870,6 +824,9 @@ class ShadowMmu:
         if flush:
             self.guest.flush()
 
+    def collect(self, slot: SlotState) -> None:
+        """Put into a slot's log what is not in it yet: nothing, writes are noted as they come."""
+
     def slot_gone(self, slot: SlotState) -> None:
         """A slot is going: no SPTE may map its frames, and no page shadow a table in it."""
         for gfn in range(slot.gfn, slot.end):
@@ -913,23 +870,13 @@ class ShadowMmu:
             bool(vcpu.requests & (FLUSH | RELOAD)),
             bool(vcpu.requests & SYNC),
             core.cached,
-            core.upper,
+            core.upper_entries,
         )
 
 
 def role_view(role: int) -> Role:
     """A role as an audit reads it."""
     return Role(role >> 8 & 1, role >> 9 & 1, role >> 10 & 1, role >> 11 & 1)
-
-
-def rights_of(entry: int) -> int:
-    """The rights of a guest's entry."""
-    return entry & (W | U) | (entry >> 63 ^ 1)
-
-
-def pcid(cpu: Cpu) -> int:
-    """The current PCID: 0 without CR4.PCIDE."""
-    return cpu.cr3 & 0xFFF if cpu.cr4 >> 17 & 1 else 0
 
 
 def real_cpu(cpu: Cpu, maxphyaddr: int) -> Cpu:

@@ -18,10 +18,13 @@ from typing import Any
 from vapama.impl.guest import EMULATE, WORD, Guest, NotRam, Vcpu, reflected
 from vapama.impl.hardware import Frames, Ram
 from vapama.impl.shadow import ShadowMmu
+from vapama.impl.tdp import TwoDimensional
 from vapama.spec.access import Access
 from vapama.spec.anatomy import MachineView
 from vapama.spec.outcomes import OutsideMemory
 from vapama.spec.steps import (
+    EPT,
+    NPT,
     SHADOW,
     DeviceWrite,
     Done,
@@ -50,7 +53,11 @@ from vapama.spec.steps import (
 PATIENCE = 24
 """How often an access may leave the guest and be made again: each time something must have been
 mended, and there are not that many things."""
-MMUS = {SHADOW: ShadowMmu}
+MMUS: dict[str, Callable[[Guest], Any]] = {
+    SHADOW: ShadowMmu,
+    EPT: TwoDimensional,
+    NPT: TwoDimensional,
+}
 """The MMUs of the designs."""
 
 

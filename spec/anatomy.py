@@ -109,7 +109,7 @@ class ProcessorView(NamedTuple):
     flush: bool
     sync: bool
     cached: Callable[[], Iterable[Cached]]
-    upper: Mapping[int, Word]
+    upper: Callable[[], Iterable[tuple[int, Word]]]
 
 
 class Anatomy(NamedTuple):

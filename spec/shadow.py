@@ -102,8 +102,9 @@ def freed(machine: MachineView, frame: int) -> None:
                     raise Violation(
                         19, f"frame {frame:#x} is freed, and a core has it for {cached.address:#x}"
                     )
-            for index, word in processor.upper.items():
-                if index >> 9 == frame or word >> 12 & FRAME >> 12 == frame:
+            for index, word in processor.upper():
+                leads = word >> 12 & FRAME >> 12 if index >> 9 in guest.tables else index >> 9
+                if frame in (index >> 9, leads):
                     raise Violation(19, f"table {frame:#x} is freed, and a core has it", index)
 
 
@@ -152,7 +153,8 @@ class _Audit:
         for index, word in self.entries.items():
             page = self.guest.tables.get(index >> 9)
             if page is None:
-                yield Violation(12, "a root that was zapped has an entry", index)
+                if self.guest.design == SHADOW:
+                    yield Violation(12, "a root that was zapped has an entry", index)
                 continue
             yield from self._entry(page, index, word)
         for index in self.mapped_by:
@@ -217,7 +219,8 @@ class _Audit:
             gfn = linear
         if page.direct and gfn != linear:
             yield Violation(8, f"a direct table maps {gfn:#x} where {linear:#x} belongs", index)
-        key = said.frame << 11 | (index & 511) << 2 | page.level
+        place = index & 511 if guest.design == SHADOW else 0
+        key = said.frame << 11 | place << 2 | page.level
         self.leaves[key] = self.leaves.get(key, 0) | said.rights
 
         slot = self.slot_of(gfn)
@@ -243,17 +246,13 @@ class _Audit:
                     )
                 if gfn + i in self.shadowed:
                     yield Violation(5, f"the shadowed table {gfn + i:#x} can be written", index)
-                if slot.log and gfn + i not in slot.dirty and self._may_be_dirty(page, index):
+                # Extended page tables tell of writes by their dirty flags instead.
+                if slot.log and gfn + i not in slot.dirty and guest.design != EPT:
                     yield Violation(
                         22, f"a write to guest frame {gfn + i:#x} would not be logged", index
                     )
         if guest.design == SHADOW:
             yield from self._shadow_leaf(page, index, gfn, said.rights)
-
-    def _may_be_dirty(self, page: TablePage, index: int) -> bool:
-        """Whether a write through a leaf sets no dirty flag that a harvest finds."""
-        dirty = 1 << 9 if self.guest.design == EPT else DIRTY
-        return self.guest.design == SHADOW or self.entries[index] & dirty != 0
 
     def _shadow_leaf(
         self, page: TablePage, index: int, gfn: int, rights: int
@@ -376,14 +375,16 @@ class _Audit:
         if processor.flush:
             return
         for pcid, address, level, frame, rights in processor.cached():
-            key = frame << 11 | (address >> 3 + 9 * level & 511) << 2 | level
+            # Shadow tables are walked by the address, second stages by what the guest makes of it.
+            place = address >> 3 + 9 * level & 511 if guest.design == SHADOW else 0
+            key = frame << 11 | place << 2 | level
             if rights & ~self.leaves.get(key, 0) or key not in self.leaves:
                 yield Violation(
                     19,
                     f"a core could use frame {frame:#x} for {address:#x} (PCID "
                     f"{pcid}), as the tables do not let it, without a flush",
                 )
-        for index, word in processor.upper.items():
+        for index, word in processor.upper():
             if index >> 9 in guest.tables:
                 said = read_entry(guest.design, guest.tables[index >> 9].level, word)
                 if said is None or said.leaf or self.links.get(index) == said.frame:

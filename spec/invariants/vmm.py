@@ -13,6 +13,8 @@ from vapama.spec.machine import Machine
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.outcomes import NonCanonical, OutsideMemory, PageFault
 from vapama.spec.steps import (
+    EPT,
+    NPT,
     SHADOW,
     Harvest,
     Harvested,
@@ -26,7 +28,7 @@ from vapama.spec.steps import (
 )
 from vapama.spec.words import Word
 
-DESIGNS = (SHADOW,)
+DESIGNS = (SHADOW, EPT, NPT)
 STYLE = Domain(free=(1 << 29) - 1, scope=(0x8864,))
 """What a program has in mind; see `programs.plan`."""
 LENGTH = Domain(free=63, scope=(2,))
