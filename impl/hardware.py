@@ -420,8 +420,15 @@ class TwoStageCore(Core):
         return status, value
 
     def forget_of(self, pcid: int, address: int) -> None:
-        """Drop an address's translations under a PCID, and all entries of upper levels."""
-        super().forget_of(pcid, address)
+        """Drop an address's translations under a PCID, and all entries of upper levels: of a large
+        page of the guest's all parts (SDM Vol. 3A, 4.10.4.1).
+        """
+        self.tlb = {
+            key: hit
+            for key, hit in self.tlb.items()
+            if key >> 54 != pcid or (((key >> 2 << 12) ^ address) & (1 << 64) - 1) >> hit[4]
+        }
+        self.upper.clear()
         self.stage_upper.clear()
 
     def forget_all(self) -> None:

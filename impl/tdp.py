@@ -124,6 +124,8 @@ class TwoDimensional(Mmu):
             vcpu.device_page = None
         if register == "cr3" and not keep:
             core.forget_pcid(pcid(new))
+        if register == "efer":
+            core.forget_all()  # no manual says so; no processor is known to do otherwise
         if changed & 1 << 7 or old.cr4 & ~new.cr4 & 1 << 17 or old.cr0 & ~new.cr0 & 1 << 31:
             core.forget_all()
         if changed & 1 << 5 or new.cr4 & ~old.cr4 & 1 << 20:

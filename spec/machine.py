@@ -128,6 +128,11 @@ class GuestMachine:
                 self.history.write(alias, word)
         self.processors = [Processor(self.history, cpu) for cpu in plan.vcpus]
 
+        self.entries: set[Word] = set()
+        """Addresses of table entries that were used."""
+        self.edited = False
+        """Whether one of them was stored to, so that there may be more than one way to go."""
+
     def set_slot(self, number: int, slot: Slot | None) -> None:
         """The memory map changes: what a slot gives and takes is written at its addresses."""
         old = self.map.slots.pop(number, None)
@@ -242,9 +247,16 @@ class _Judged:
 
     def follow(self) -> None:
         """Find a way that the access may go and that explains what was seen, and go it."""
-        for way in self._ways():
+        machine = self.machine
+        ways = list(self._ways()) if machine.edited else self._ways()
+        elsewhere = self._flagged_elsewhere(ways) if isinstance(ways, list) else set()
+        for way in ways:
             entries = self._explains(way)
-            if entries is not None:
+            if entries is not None and not elsewhere - entries.keys():
+                machine.entries.update(
+                    address for outcome in way.outcomes for address, _ in _sets(outcome)
+                )
+                machine.edited |= not machine.entries.isdisjoint(self.stored)
                 for address, word in self.flagged.items():
                     self.machine.write(address, word)
                 for address, word in entries.items():
@@ -255,6 +267,16 @@ class _Judged:
                     self._faulted(way)
                 return
         raise Departure(self._told())
+
+    def _flagged_elsewhere(self, ways: Iterable[Way]) -> set[Word]:
+        """Entries on any of the ways that the subject has set flags in: they tell which it went."""
+        addresses = {a for way in ways for outcome in way.outcomes for a, _ in _sets(outcome)}
+        return {
+            address
+            for address in addresses
+            if self._is_writable(address)
+            and self.look(self.guest, address) != self.machine.load(address)
+        }
 
     def _ways(self) -> Iterator[Way]:
         """Every way that the access may go, that with nothing cached first."""
