@@ -61,13 +61,15 @@ class Enumeration(Concrete):
         self.at += 1
         return taken
 
-    def seen(self, state: Hashable) -> None:
+    def seen(self, state: Hashable) -> bool:
         """End the run if the state was met before, past the choices that led there first."""
         if self.at < len(self.choices):
-            return
+            return False
+        state = state() if callable(state) else state
         if state in self.states:
             raise Reject
         self.states.add(state)
+        return True
 
     def advance(self) -> bool:
         """Go to the next run: the last choice with an option left takes it. False after the end."""

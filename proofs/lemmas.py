@@ -264,8 +264,9 @@ class Instance(Nondet):
     def reach(self, label: str) -> None:
         """Says nothing here."""
 
-    def seen(self, state: Any) -> None:
+    def seen(self, state: Any) -> bool:
         """Says nothing here."""
+        return True
 
     def access(self) -> Any:
         """The access of the call."""

@@ -11,6 +11,7 @@ transparency. Source: Intel SDM Vol. 3A, chapter 4; `spec.tlb` for what may be c
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
@@ -188,6 +189,21 @@ class Machine:
 
     def __init__(self, plan: Plan) -> None:
         self.guests = [GuestMachine(guest) for guest in plan.guests]
+
+    def state(self) -> bytes:
+        """A digest of all that later steps are judged by: equal for equal states."""
+        parts = [
+            (
+                sorted(guest.map.backing.items()),
+                sorted(guest.map.slots.items()),
+                sorted(guest.history.written.items()),
+                [(list(p.contexts), p.invalidations) for p in guest.processors],
+                sorted((number, sorted(gfns)) for number, gfns in guest.dirty.items()),
+                guest.edited,
+            )
+            for guest in self.guests
+        ]
+        return blake2b(repr(parts).encode(), digest_size=16).digest()
 
     def check(self, step: Step, seen: Seen, look: Look) -> None:
         """Judge what was seen of a step, and follow it. Raises `Departure`."""

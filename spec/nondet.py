@@ -63,9 +63,11 @@ class Nondet(ABC):
         """Note that this run comes by here. See `Invariant.reaches`."""
 
     @abstractmethod
-    def seen(self, state: Hashable) -> None:
-        """Say that the rest of the run depends on `state` alone. An engine that has explored all
-        that follows from it ends the run here; others go on.
+    def seen(self, state: Hashable) -> bool:
+        """Say that the rest of the run depends on `state` alone, or on what it returns if it is a
+        function, which is called only if need be. An engine that has explored all that follows
+        ends the run here; others go on. False if an earlier run came by here, so that what is to be
+        checked of the state has been.
         """
 
     def words(self, draws: Sequence[tuple[str, Domain]]) -> Sequence[Word]:

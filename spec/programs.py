@@ -6,6 +6,8 @@ can only read, and a device. `decode` is biased to what matters there: most of a
 are about a few pages and about the entries that map them.
 """
 
+from functools import cache
+
 from vapama.spec.access import Access
 from vapama.spec.cpu import AC, LMA, LME, NXE, PAE, PCIDE, PE, PG, RFLAGS_ONE, SMAP, SMEP, WP, Cpu
 from vapama.spec.machine import Machine
@@ -85,6 +87,30 @@ def image() -> dict[int, Word]:
     for i in range(8):
         words[8 + i << 12] = 0x1111 * (i + 1)
     return words
+
+
+SMALL = (
+    Load(0, 0, Access(0x8000, user=1)),
+    Store(0, 0, Access(LOW << 12 | 8 << 3, 1), 9 << 12 | USED),
+    Store(0, 1, Access(0x8010, 1, user=1), 0x5555),
+    Migrate(0, 8),
+    Invlpg(0, 0, 0x8000),
+    Store(1, 0, Access(0x8010, 1, user=1), 0x7777),
+    Move(0, 1, "cr3", ROOT << 12),
+    Unmap(1, 8),
+)
+"""The steps of a scope so small that all programs of a few of them can be run: an entry is changed
+while two processors use it, and the host moves the pages of two guests about."""
+
+
+@cache
+def small_plan(design: str) -> Plan:
+    """A machine of two guests with four tables and three pages mapped."""
+    kept = {ROOT << 12, POINTERS << 12, DIRECTORY << 12, 8 << 12, 9 << 12}
+    kept |= {LOW << 12 | gfn << 3 for gfn in (LOW, 8, 9)}
+    words = {address: word for address, word in image().items() if address in kept}
+    guest = GuestPlan((cpu(),) * 2, {0: MAIN}, words)
+    return Plan((guest,) * 2, design, frames=64)
 
 
 def cpu(style: Word = 0) -> Cpu:

@@ -9,6 +9,7 @@ audit code (arch/x86/kvm/mmu_audit.c).
 """
 
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from typing import NamedTuple
 
 from vapama.spec.anatomy import Anatomy, MachineView, ProcessorView, Role, SlotView, TablePage
@@ -127,6 +128,34 @@ def synced(machine: MachineView, number: int, root: int) -> None:
                 said = read_entry(guest.design, page.level, word) if word else None
                 if said is not None and not said.leaf:
                     below.append(said.frame)
+
+
+def state(machine: MachineView) -> bytes:
+    """A digest of all that a machine's view shows: equal for equal states."""
+    parts: list[object] = [sorted(machine.memory.items()), list(machine.free)]
+    for guest in machine.guests:
+        pages = [
+            (p.frame, p.gfn, p.level, p.role, p.unsync, p.roots, sorted(p.unsync_children))
+            for p in (*guest.tables.values(), *guest.dying.values())
+        ]
+        slots = [(s.gfn, s.end, s.page, s.log, sorted(s.dirty)) for s in guest.slots.values()]
+        parts += [
+            pages,
+            slots,
+            sorted(guest.backed.items()),
+            sorted(guest.swapped),
+            guest.generation,
+        ]
+        for processor in guest.processors:
+            parts += [
+                list(processor.cpu),
+                list(processor.roots),
+                processor.flush,
+                processor.sync,
+                sorted(map(tuple, processor.cached())),
+                sorted(processor.upper()),
+            ]
+    return blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 class _Audit:

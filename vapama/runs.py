@@ -110,8 +110,9 @@ class Concrete(Nondet):
         """Remember the label."""
         self.reached.add(label)
 
-    def seen(self, state: Hashable) -> None:
+    def seen(self, state: Hashable) -> bool:
         """Goes on, whatever the state."""
+        return True
 
     def draws(self) -> list[tuple[str, int]]:
         """The trail with its names spelled out, as a Case holds it."""

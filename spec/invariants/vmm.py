@@ -5,6 +5,7 @@ the machine that a guest believes in. The rules of the tables are those of `spec
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from vapama.spec import programs, shadow
@@ -172,3 +173,39 @@ def a_dirty_log_names_every_page_written(nondet: Nondet, subject: Any) -> None:
                 if isinstance(gathered, Harvested) and gathered.gfns:
                     nondet.reach("a frame was written")
                 machine.check(harvest, gathered, hypervisor.word)
+
+
+CHOICE = Domain(among=tuple(range(len(programs.SMALL))))
+"""A step of `programs.SMALL`."""
+SHORT = Domain(among=(4, 6), scope=(4,) * 5 + (6,) * 2)
+"""How long programs of these steps are: a quick budget, of width 5, has the short ones alone."""
+
+
+def _state(left: int, hypervisor: Any, machine: Machine) -> tuple[int, bytes, bytes]:
+    """All that the rest of a program depends on, with so many steps left."""
+    return left, shadow.state(hypervisor.view()), machine.state()
+
+
+@invariant(
+    source=SOURCE,
+    reaches=("audited",),
+    needs=("vmm",),
+    twin="a-notifier-does-not-flush",
+    searched=SEARCHED,
+)
+def every_program_of_a_small_scope_is_transparent_and_sound(nondet: Nondet, subject: Any) -> None:
+    """Any four or six steps of two guests, with two processors each, and their host: what is seen
+    is allowed, and every rule of the tables is met. The exhaustive engine runs every program.
+    """
+    length = nondet.word("length", SHORT)
+    plan = programs.small_plan(nondet.one_of("design", DESIGNS))
+    hypervisor, machine = subject.vmm(plan), Machine(plan)
+    hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), lambda *_: None)
+    for number in range(length):
+        step = programs.SMALL[nondet.word(NAMES[number], CHOICE)]
+        machine.check(step, hypervisor.do(step), hypervisor.word)
+        left = length - number
+        if nondet.seen(partial(_state, left, hypervisor, machine)):
+            nondet.reach("audited")
+            for violation in shadow.audit(hypervisor.view()):
+                raise violation
