@@ -292,17 +292,17 @@ SHADOW_ENTRY = Domain(
     ),
 )
 """A paging-structure entry, where there are shadow stacks: any 64 bits."""
-PAE_ENTRY = Domain(bias=pae_entry_of, scope=(0x1001, 0x1007, 0, 0x3007, 0x2003, 0x5001))
+PAE_ENTRY = Domain(bias=pae_entry_of, scope=(0x1001, 0x5007, 0, 0x0087, 0x2087, 0x1007, 0x2003))
 """An entry of PAE paging: any 64 bits."""
 PAIR = Domain(
     bias=pair_of,
     scope=(
         0x1007_0000_1007,
-        0x2003_0000_0087,
+        0x2003_0000_2087,  # a large page above 4 GBytes
         0,
-        0x5001,
+        0x5001_0000_5001,
+        0x0020_0087_0020_0087,  # a reserved bit of a large page
         0x1003_0000_2045,  # read-only and dirty
-        0x0020_0087_0040_2087,  # large pages: a reserved bit; above 4 GBytes
     ),
 )
 """Two 4-byte entries of 32-bit paging: any 64 bits."""
@@ -377,8 +377,9 @@ MASKED_CR3 = Domain(
 MASKING_CR4 = Domain(
     free=CR4.free | CET | LAM_SUP,
     fixed=PAE,
-    scope=(PAE | SMAP | CET | LAM_SUP, PAE | LA57 | PKE | PKS | CET | LAM_SUP, PAE),
+    scope=(PAE | SMAP | CET | LAM_SUP, PAE | LA57 | PKE | PKS | CET, PAE),
 )
+LEGACY_CR3 = Domain(free=MASKED_CR3.free, bias=_masked_cr3, scope=(0x1000,))
 LEGACY_CR4 = CR4_DEFINED & ~CR4_UNSPECIFIED & ~(PAE | PCIDE)
 CR4_32 = Domain(free=LEGACY_CR4, scope=(PSE | SMEP | SMAP | CET, PSE, 0))
 PAE_CR4 = Domain(free=LEGACY_CR4, fixed=PAE, scope=(PAE | SMEP | SMAP | CET, PAE))
@@ -392,6 +393,8 @@ LEGACY_RFLAGS = Domain(
 PSE36 = Domain(free=1, scope=(1,))
 PDPTE = Domain(bias=_pdpte, scope=(0x2001, 0))
 """A PDPTE register: any 64 bits, of which those reserved in a present one are then cut off."""
+OTHER_PDPTE = Domain(bias=_pdpte, scope=(0x2001,))
+"""The same for a register that no address of an exhaustive scope selects."""
 
 ACCESSES = (0, 2, 4, 6, 16, 20, 1, 3)
 """Kinds of access: W (2), U (4) and I (16) as in the page-fault error code, 1 if implicit."""

@@ -100,7 +100,7 @@ class Nondet(ABC):
         """
         cpu, chosen = self._cpu_of(states)
         memory = self.memory("guest", entries=chosen.entries)
-        kind, address = self.words(ANY_ACCESS_DRAWS)
+        kind, address = self.words(chosen.access_draws)
         access = Access(
             address, kind >> 1 & 1, kind >> 4 & 1, kind >> 2 & 1, kind & 1, kind >> 6 & 1
         )
@@ -174,7 +174,6 @@ GUEST_PHYSICAL_ACCESS_DRAWS = (
     ("gpa", domains.GPA),
 )
 ACCESS_DRAWS = (("access", domains.ACCESS), ("address", domains.ADDRESS))
-ANY_ACCESS_DRAWS = (("access", domains.ANY_ACCESS), ("address", domains.TAGGED_ADDRESS))
 
 
 class ControlStates:
@@ -195,8 +194,12 @@ class ControlStates:
         self.name, self.entries, self.pdptes = name, entries, pdptes
         draws = {**dict(CPU_DRAWS), "pse36": domains.PSE36, **registers}
         if pdptes:
-            draws |= {f"pdpte{i}": domains.PDPTE for i in range(4)}
+            draws |= {"pdpte0": domains.PDPTE}
+            draws |= {f"pdpte{i}": domains.OTHER_PDPTE for i in (1, 2, 3)}
         self.draws = tuple(draws.items())
+        masked = registers.get("cr3") is domains.MASKED_CR3
+        address = domains.TAGGED_ADDRESS if masked else domains.ADDRESS
+        self.access_draws = (("access", domains.ANY_ACCESS), ("address", address))
 
     def __repr__(self) -> str:
         return self.name
@@ -220,7 +223,7 @@ LONG_MODE = ControlStates(
     domains.SHADOW_ENTRY,
 )
 """With masked addresses and shadow stacks, other than what `Nondet.cpu` draws of itself."""
-_LEGACY = {"cr3": domains.MASKED_CR3, "efer": domains.LEGACY_EFER, "rflags": domains.LEGACY_RFLAGS}
+_LEGACY = {"cr3": domains.LEGACY_CR3, "efer": domains.LEGACY_EFER, "rflags": domains.LEGACY_RFLAGS}
 _PAE = {**_LEGACY, "cr4": domains.PAE_CR4}
 PAE_PAGING = ControlStates("PAE paging", _PAE, domains.PAE_ENTRY, pdptes=True)
 PAE_IN_MEMORY = ControlStates("PAE paging, PDPTEs in memory", _PAE, domains.PAE_ENTRY)

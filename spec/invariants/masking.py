@@ -9,6 +9,7 @@ from typing import Any
 from vapama.spec.access import Access
 from vapama.spec.cpu import LA57, LAM_SUP, LAM_U48, LAM_U57, Cpu
 from vapama.spec.domains import ANY
+from vapama.spec.memory import Sparse
 from vapama.spec.nondet import LONG_MODE, Nondet, invariant
 from vapama.spec.outcomes import NonCanonical, Translated, kind
 from vapama.spec.paging import translate
@@ -93,9 +94,8 @@ def masking_never_leaves_the_half_of_the_address_space(nondet: Nondet, subject: 
     """An access is walked if and only if those bits of its address are equal that canonicality
     without masking wants equal and the mask spares; by LAM48 bits 63 and 47.
     """
-    cpu, memory, access = nondet.walk(LONG_MODE)
-    nondet.assume(memory.limit == 0)
-    outcome = subject.translate(cpu, memory, access)
+    cpu, _, access = nondet.walk(LONG_MODE)
+    outcome = subject.translate(cpu, Sparse({}, 0), access)
     metadata = _metadata(cpu, access)
     lowest = 56 if cpu.cr4 & LA57 != 0 and metadata != LAM48 else 47
     checked = WORD & ~low_bits(lowest) & ~metadata

@@ -9,7 +9,7 @@ from typing import Any
 from vapama.spec import modes
 from vapama.spec.access import Access
 from vapama.spec.cpu import LA57, LAM_SUP, PKE, PKS, Cpu, reserved_in_pdptes
-from vapama.spec.domains import Domain
+from vapama.spec.domains import ADDRESS, PAE_ENTRY, Domain
 from vapama.spec.memory import Memory, Watched
 from vapama.spec.nondet import (
     EVERY_MODE,
@@ -377,7 +377,7 @@ def outside_long_mode_keys_and_masks_change_nothing(nondet: Nondet, subject: Any
 
 @invariant(
     source="Intel SDM Vol. 3A, 4.4.1 and table 4-8",
-    reaches=("loaded", "refused", "outside memory"),
+    reaches=("loaded", "refused"),
     needs=(PDPTES,),
     twin="a-pdpte-may-be-writable",
 )
@@ -385,13 +385,12 @@ def loading_pdptes_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """MOV to CR3 loads the four PDPTEs, or is refused with #GP(0) for a reserved bit in a present
     one, and then loads none.
     """
-    cpu, memory, _ = nondet.walk(PAE_IN_MEMORY)
+    cpu, memory = nondet.cpu(PAE_IN_MEMORY), nondet.memory("guest", entries=PAE_ENTRY)
     expected, observed = load_pdptes(cpu, memory), subject.load_pdptes(cpu, memory)
     if isinstance(expected, GeneralProtection):
         nondet.reach("refused")
         assert isinstance(observed, GeneralProtection)
     elif isinstance(expected, OutsideMemory):
-        nondet.reach("outside memory")
         assert isinstance(observed, OutsideMemory)
         assert observed.address == expected.address
     else:
@@ -410,7 +409,7 @@ def loading_pdptes_equals_the_reference(nondet: Nondet, subject: Any) -> None:
 )
 def a_loaded_pdpte_has_no_reserved_bit(nondet: Nondet, subject: Any) -> None:
     """What is loaded is what memory holds, and nothing present in it has a reserved bit set."""
-    cpu, memory, _ = nondet.walk(PAE_IN_MEMORY)
+    cpu, memory = nondet.cpu(PAE_IN_MEMORY), nondet.memory("guest", entries=PAE_ENTRY)
     loaded = subject.load_pdptes(cpu, memory)
     if isinstance(loaded, GeneralProtection | OutsideMemory):
         return
@@ -427,12 +426,13 @@ def a_loaded_pdpte_has_no_reserved_bit(nondet: Nondet, subject: Any) -> None:
     reaches=("translated", "page fault"),
     needs=(PDPTES, PA, ERROR_CODE),
     twin="the-pdpte-registers-are-taken-in-reverse",
+    bound="reads by the supervisor",
 )
 def loaded_pdptes_translate_as_those_in_memory(nondet: Nondet, subject: Any) -> None:
     """A walk from the registers just loaded has the outcome of one that reads the PDPTEs itself."""
-    cpu, memory, access = nondet.walk(PAE_IN_MEMORY)
-    quarter = nondet.one_of("quarter", range(4))
-    access = access._replace(address=access.address & low_bits(30) | quarter << 30)
+    cpu, memory = nondet.cpu(PAE_IN_MEMORY), nondet.memory("guest", entries=PAE_ENTRY)
+    quarter, offset = nondet.one_of("quarter", range(4)), nondet.word("address", ADDRESS)
+    access = Access(quarter << 30 | offset & low_bits(30))
     loaded = subject.load_pdptes(cpu, memory)
     if isinstance(loaded, GeneralProtection | OutsideMemory):
         return
