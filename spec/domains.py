@@ -309,20 +309,20 @@ PAIR = Domain(
 EPT_ENTRY = Domain(
     bias=ept_entry_of,
     scope=(
-        0x1007,  # all rights but a user's fetch; a table that references itself, or an UC page
+        0x1407,  # all rights; a table that references itself, or an UC page
         0,
         0x5405,  # read and fetch; outside a small memory
-        0x10B7,  # a large page, WB; misaligned, or a reserved bit where there is none
-        0x2004,  # execute-only
+        0x4B7,  # a large page, WB; a reserved bit where there is none
+        0x203E,  # write and execute without read, and a memory type that there is not
         0x2003,  # read and write
-        0x2006,  # write without read
+        0x2004,  # execute-only
+        0x10B7,  # a misaligned large page
         0x2400,  # a user's fetch alone, if anything
-        0x0B7,  # a large page that is aligned
         0x203F,  # a memory type that there is not
     ),
 )
 """An EPT entry: any 64 bits."""
-GPA = Domain(free=(1 << 52) - 1, bias=_gpa, scope=(0x1234, 0x80_4020_1ABC))
+GPA = Domain(free=(1 << 52) - 1, bias=_gpa, scope=(0x4040_3ABC, 1 << 48 | 0x1234, 0x1234))
 """A guest-physical address: any 52 bits."""
 ADDRESS = Domain(bias=_address, scope=(0x1234, 0xFFFF_FF80_0020_0ABC, 1 << 47))
 """A linear address: any 64 bits."""
@@ -417,9 +417,11 @@ EPT_FEATURES = 0x43_0001
 """Of the capabilities those that a walk depends on: execute-only, 2-MByte and 1-GByte pages,
 advanced information."""
 EPT_CAPABILITY = Domain(
-    free=EPT_FEATURES, fixed=EPT_CAPABILITIES & ~EPT_FEATURES, scope=(EPT_CAPABILITIES,)
+    free=EPT_FEATURES,
+    fixed=EPT_CAPABILITIES & ~EPT_FEATURES,
+    scope=(EPT_CAPABILITIES, EPT_CAPABILITIES & ~EPT_FEATURES),
 )
-HOST_MODE = Domain(among=(2, 3, 1, 0), scope=(2,))
+HOST_MODE = Domain(among=(2, 3, 1, 0))
 """A host's paging: 0 32-bit, 1 PAE, 2 4-level, 3 5-level."""
 HOST_CR4 = Domain(free=HOST_CR4_DEFINED & ~(PAE | LA57 | PCIDE), scope=(PSE | SMEP | SMAP | PKE,))
 HOST_EFER = Domain(free=HOST_EFER_DEFINED & ~(LME | LMA), scope=(NXE,))
@@ -433,5 +435,5 @@ GUEST_PHYSICAL_ACCESSES = (
     *(128 | what | user | page for what in (0, 2) for user in (0, 4) for page in (0, 32, 64, 96)),
 )
 GUEST_PHYSICAL_ACCESS = Domain(
-    among=GUEST_PHYSICAL_ACCESSES, scope=(0, 2, 16, 20, 8, 10, 9, 2 | 4 | 32 | 128)
+    among=GUEST_PHYSICAL_ACCESSES, scope=(0, 2, 20, 8, 9, 16, 10, 2 | 4 | 32 | 128)
 )
