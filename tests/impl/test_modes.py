@@ -52,6 +52,8 @@ def test_a_batch_over_an_array_is_the_walk_of_each(
     frames = rng.integers(0, 9, 8 * 512, dtype=np.uint64) << np.uint64(12)
     image = frames | rng.integers(0, 0x1000, 8 * 512, dtype=np.uint64) | np.uint64(6)
     image |= (frames | np.uint64(0x25)) << np.uint64(32) if not cr4 & PAE else np.uint64(0)
+    if cr4 & PAE:
+        image[0x200:0x204] = (0x1001, 0x2001, 0, 0x3001)
     addresses = rng.integers(0, 1 << 32, 500, dtype=np.uint64)
     cpu = Cpu(PG | PE, 0x1000, cr4, 0, maxphyaddr=40, pdptes=pdptes)
     statuses, values = translate_array(cpu, image, addresses, Access(0, user=1))
