@@ -258,6 +258,9 @@ def observed(asked: Ask, result: bytes, touched: Mapping[int, int]) -> Outcome:
     start = world.base + (m.USER_CODE if user else m.SUPERVISOR_CODE) + stub
     if found.vector == m.DONE:
         return _translated(found, stub, address, start, touched, after)
+    marked = any(after[a] >> 56 == MARKER != touched[a] >> 56 for a in touched)
+    if stub == m.WRITE and found.where != start and marked:
+        raise NotCovered("the write changed an entry of its own walk, and another walk met it")
     updates = changes(touched, after)
     where = {start, accessed} if stub == m.FETCH else {start}
     if found.vector == PAGE_FAULT and found.fault == accessed and found.where in where:

@@ -64,10 +64,14 @@ def run(
     maxphyaddr: Annotated[
         int | None, typer.Option(min=32, max=52, help="MAXPHYADDR (qemu only).")
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(help="Only 4- and 5-level paging, made and judged by compiled kernels."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run random cases of every paging mode on a machine, in batches, and judge each."""
-    from vapama import oracle_runs
+    from vapama import oracle_batches, oracle_runs
 
     if oracle not in MACHINES:
         raise BadInput(f"vapama oracles run {oracle}: give one of {', '.join(MACHINES)}")
@@ -75,7 +79,8 @@ def run(
     options = {name: str(value) for name, value in given.items() if value is not None}
     subject = machine(oracle, options)
     try:
-        tally = oracle_runs.run(subject, cases, seed, _progress)
+        runs = oracle_batches.run if compiled else oracle_runs.run
+        tally = runs(subject, cases, seed, _progress)
     finally:
         subject.machine.end()
     if json:
@@ -112,6 +117,8 @@ def _print(oracle: str, tally: Any) -> None:
         entries = {hex(a): hex(v) for a, v in case.memory.touched.items()}
         console.print(f"    {entries}", soft_wrap=True, markup=False)
     rate = tally.judged / max(tally.seconds, 1e-9)
+    if tally.sampled:
+        console.print(f"judged again by the reference, as a sample: {tally.sampled:,} cases")
     deaths = f", {tally.deaths} times started anew" if tally.deaths else ""
     console.print(
         f"{oracle}: {tally.judged:,} cases judged in {tally.seconds:.1f} s, {rate:,.0f} a second"

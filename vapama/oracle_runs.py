@@ -75,6 +75,8 @@ class Tally:
     left_out: Counter[str] = field(default_factory=Counter)
     """Cases that could not be asked, or not be told, by why."""
     differences: list[Difference] = field(default_factory=list)
+    sampled: int = 0
+    """Cases that compiled kernels found to agree and the reference judged again."""
     seconds: float = 0.0
     deaths: int = 0
 
@@ -124,6 +126,11 @@ def _walk(
 ) -> Drawn:
     """A case of the guest's own paging."""
     cpu, lazy, access = RandomDraws(random, narrow).walk(states)
+    return linear_case(cpu, lazy, access, subject)
+
+
+def linear_case(cpu: Cpu, lazy: Memory, access: Access, subject: BareMetal) -> Drawn:
+    """A case of an access to a linear address. Raises `NotCovered`."""
     watched = Watched(lazy)
     expected = translate(cpu, watched, access)
     memory = Sparse({a: lazy.load(a) for a in watched.loads}, lazy.limit)
@@ -207,11 +214,11 @@ def run(
         wanted = min(size, cases - tally.judged - len(running))
         batch = _next_batch(source, waiting, wanted) if wanted > 0 else []
         # The machine works on one batch while the other is made or judged.
-        done = _finish(subject, running, tally) if running else []
+        done = finish(subject, running, tally) if running else []
         if batch:
-            _give(subject, batch)
+            give(subject, batch)
         for case, result in done:
-            _judge(subject, case, result, tally)
+            judge(subject, case, result, tally)
         tally.seconds = time.monotonic() - start
         if done:
             progress(tally)
@@ -231,14 +238,14 @@ def _next_batch(
             return waiting.pop(case.flavor)
 
 
-def _give(subject: BareMetal, batch: Sequence[Drawn]) -> None:
+def give(subject: BareMetal, batch: Sequence[Drawn]) -> None:
     """Let the machine start on a batch. If it is dead, that shows when the batch is finished."""
     records = b"".join(case.record for case in batch)
     with contextlib.suppress(OSError):
         subject.machine.give(batch[0].flavor, records, RECORD_BYTES)
 
 
-def _finish(
+def finish(
     subject: BareMetal, batch: Sequence[Drawn], tally: Tally
 ) -> list[tuple[Drawn, bytes | str]]:
     """Each case of the batch under way with its record as it came back, or why the machine died.
@@ -266,12 +273,13 @@ def _finish(
     done: list[tuple[Drawn, bytes | str]] = []
     for part in (batch[:at], batch[at : at + 1], batch[at + 1 :]):
         if part:
-            _give(subject, part)
-            done += _finish(subject, part, tally)
+            give(subject, part)
+            done += finish(subject, part, tally)
     return done
 
 
-def _judge(subject: BareMetal, case: Drawn, result: bytes | str, tally: Tally) -> None:
+def judge(subject: BareMetal, case: Drawn, result: bytes | str, tally: Tally) -> None:
+    """Count what came of a case, by the reference."""
     if isinstance(result, str):
         tally.differences.append(Difference(case, result))
         return
@@ -312,6 +320,7 @@ def as_json(tally: Tally) -> bytes:
             "judged": tally.judged,
             "seconds": round(tally.seconds, 3),
             "deaths": tally.deaths,
+            "sampled": tally.sampled,
             "agreed": {", ".join(key): count for key, count in sorted(tally.agreed.items())},
             "known": dict(sorted(tally.known.items())),
             "left_out": dict(sorted(tally.left_out.items())),

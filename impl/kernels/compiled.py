@@ -16,6 +16,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from vapama.spec.words import WORD
+
 Kernel = Callable[..., Any]
 
 _compiled: dict[Kernel, Kernel] = {}
@@ -66,7 +68,7 @@ def _globals_of(kernel: types.FunctionType) -> list[str]:
 
 def _constant(value: object) -> object:
     if type(value) is int:
-        return np.uint64(value)
+        return np.uint64(value & WORD)  # a complement, as all of them, stands under an `&`
     if isinstance(value, tuple):
         return tuple(map(_constant, value))
     if isinstance(value, types.FunctionType):

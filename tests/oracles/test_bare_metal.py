@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from vapama import oracle_runs
+from vapama import oracle_batches, oracle_runs
 from vapama.oracles import departures, native
 from vapama.oracles import machine as machines
 from vapama.oracles.bare_metal import BareMetal
@@ -360,9 +360,9 @@ def test_a_case_that_hangs_is_named_and_the_others_are_judged(
         )
         for name, ask in (("good", good), ("endless", endless(on_qemu)), ("good", good))
     ]
-    oracle_runs._give(on_qemu, batch)
-    for drawn, result in oracle_runs._finish(on_qemu, batch, tally):
-        oracle_runs._judge(on_qemu, drawn, result, tally)
+    oracle_runs.give(on_qemu, batch)
+    for drawn, result in oracle_runs.finish(on_qemu, batch, tally):
+        oracle_runs.judge(on_qemu, drawn, result, tally)
     assert tally.agreed.total() == 2
     (found,) = tally.differences
     assert found.case.mode == "endless"
@@ -464,3 +464,67 @@ def test_what_the_guest_does_not_do_to_its_page_is_not_covered(subject: BareMeta
     ):
         with pytest.raises(NotCovered):
             subject.second_stage(stage, memory, odd)
+
+
+# COMPILED BATCHES
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle_batches, "BATCH", 1_000)
+    monkeypatch.setattr(oracle_batches, "SAMPLE", 20)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_compiled_batches_agree_and_a_sample_is_judged_again(subject: BareMetal) -> None:
+    tally = oracle_batches.run(subject, 4_000, seed=1)
+    assert tally.differences == []
+    assert tally.judged >= 4_000
+    assert tally.sampled > 40
+    assert {kind for _, kind in tally.agreed} == {
+        "translated",
+        "page fault",
+        "non-canonical address",
+    }
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize(
+    ("word", "wrong"),
+    [
+        pytest.param(12, 1 << 2, id="error code"),
+        pytest.param(13, 1 << 12, id="CR2"),
+        pytest.param(14, 1 << 9, id="physical address"),
+        pytest.param(19, 1 << 6, id="a flag too many"),
+        pytest.param(11, 1 << 4, id="vector"),
+    ],
+)
+def test_compiled_batches_find_out_a_machine_that_does_wrong(
+    on_qemu: BareMetal, monkeypatch: pytest.MonkeyPatch, word: int, wrong: int
+) -> None:
+    finish = oracle_batches.Batches.finish
+
+    def mistaken(self: oracle_batches.Batches, batch: oracle_batches.Batch) -> Any:
+        results = finish(self, batch).copy()
+        results[::10, word] ^= wrong
+        return results
+
+    monkeypatch.setattr(oracle_batches.Batches, "finish", mistaken)
+    tally = oracle_batches.run(on_qemu, 1_000, seed=1)
+    assert tally.differences
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_machine_killed_under_compiled_batches_loses_nothing(on_qemu: BareMetal) -> None:
+    killed: list[int] = []
+
+    def kill_once(tally: oracle_runs.Tally) -> None:
+        if not killed:
+            killed.append(tally.judged)
+            os.kill(on_qemu.machine.pid, signal.SIGKILL)
+
+    tally = oracle_batches.run(on_qemu, 4_000, seed=2, progress=kill_once)
+    assert killed[0] > 0
+    assert tally.deaths == 1
+    assert tally.judged >= 4_000
+    assert tally.differences == []
