@@ -8,7 +8,7 @@
 typedef uint64_t word;
 
 enum { FAULT = 8, NONCANONICAL = 9, OUTSIDE = 10 };
-enum { WP, NXE, SMEP, SMAP, AC, PKE, PKS, LA57, PAGE1GB, CET, LAM_SUP };
+enum { WP, NXE, SMEP, SMAP, PKE, CET, PKS, LA57, PAGE1GB, AC, LAM_SUP };
 #define FRAME 0x000ffffffffff000ull
 
 static word bit(word value, unsigned position) { return value >> position & 1; }

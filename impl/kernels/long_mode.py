@@ -30,9 +30,9 @@ OUTSIDE = 10
 
 FRAME = 0x000FFFFFFFFFF000
 # Bit positions in a mode word.
-MODE_WP, MODE_NXE, MODE_SMEP, MODE_SMAP, MODE_AC = 0, 1, 2, 3, 4
-MODE_PKE, MODE_PKS, MODE_LA57, MODE_PAGE1GB = 5, 6, 7, 8
-MODE_CET, MODE_LAM_SUP = 9, 10
+MODE_WP, MODE_NXE = 0, 1
+MODE_SMEP, MODE_SMAP, MODE_PKE, MODE_CET, MODE_PKS = 2, 3, 4, 5, 6  # in the order of CR4's bits
+MODE_LA57, MODE_PAGE1GB, MODE_AC, MODE_LAM_SUP = 7, 8, 9, 10
 
 
 class Words(Protocol):
@@ -61,14 +61,10 @@ def mode_word(cr0: Word, cr4: Word, efer: Word, rflags: Word, page1gb: Word) -> 
     return (
         (cr0 >> 16 & 1) << MODE_WP
         | (efer >> 11 & 1) << MODE_NXE
-        | (cr4 >> 20 & 1) << MODE_SMEP
-        | (cr4 >> 21 & 1) << MODE_SMAP
-        | (rflags >> 18 & 1) << MODE_AC
-        | (cr4 >> 22 & 1) << MODE_PKE
-        | (cr4 >> 24 & 1) << MODE_PKS
+        | (cr4 >> 20 & 0x1F) << MODE_SMEP
         | (cr4 >> 12 & 1) << MODE_LA57
         | (page1gb & 1) << MODE_PAGE1GB
-        | (cr4 >> 23 & 1) << MODE_CET
+        | (rflags >> 18 & 1) << MODE_AC
         | (cr4 >> 28 & 1) << MODE_LAM_SUP
     )
 
