@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as np_typing
 
 from vapama.impl.faculties import HostMemory
-from vapama.impl.kernels import ept, legacy, long_mode, npt, tlb
+from vapama.impl.kernels import ept, legacy, long_mode, nested, npt, tlb
 from vapama.impl.tlb import Operations, Overlay
 from vapama.impl.vmm import Vmm
 from vapama.spec.access import Access, GuestPhysicalAccess
@@ -35,6 +35,8 @@ from vapama.spec.subject import (
     LEVEL,
     LOADS,
     MANY,
+    NESTED,
+    NESTED_MANY,
     PA,
     PDPTES,
     SECOND_STAGE,
@@ -104,6 +106,19 @@ def stage_controls(stage: Stage) -> tuple[Word, Word, Word]:
     return mode, npt.reserved_word(mode, stage.maxphyaddr), stage.ncr3
 
 
+def nested_controls(
+    cpu: Cpu, stage: Stage
+) -> tuple[Word, Word, Word, Word, Word, Word, Word, Word, Word]:
+    """What the two-dimensional kernels need: of the guest's control state, and of the stage's.
+
+    Raises `NotCovered` for a guest in another mode than 4-level and 5-level paging.
+    """
+    if not cpu.efer & LMA:
+        raise NotCovered("two-dimensional kernels walk guests in 4-level and 5-level paging alone")
+    kind = nested.EPT if isinstance(stage, Ept) else nested.NPT
+    return (*controls(cpu), kind, *stage_controls(stage))
+
+
 def stage_kernels(stage: Stage) -> ModuleType:
     """The kernels of a second stage: both modules have the same functions."""
     return ept if isinstance(stage, Ept) else npt
@@ -158,20 +173,23 @@ class Optimized(HostMemory):
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
-        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, CACHED}
+        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, CACHED, NESTED, NESTED_MANY}
         | HostMemory.OBSERVES,
         symbolic=True,
     )
 
-    kernels = (long_mode, legacy, ept, npt, tlb)
+    kernels = (long_mode, legacy, ept, npt, nested, tlb)
     """The modules under test, whose branches a fuzzer looks at."""
 
     def opaque(self, faculty: str) -> list[tuple[ModuleType, str]]:
         """The kernels behind a faculty, by module and name, where others call them: what a proof
         leaves uninterpreted that rests on a lemma about the faculty.
         """
-        modules = {"translate": (long_mode,), SECOND_STAGE: (ept, npt)}[faculty]
-        return [(module, name) for module in modules for name in ("walk", "mark")]
+        if faculty == SECOND_STAGE:
+            own = [(module, name) for module in (ept, npt) for name in ("walk", "mark_walk")]
+            names = ("walk_ept", "mark_ept", "walk_npt", "mark_npt")
+            return [*own, *((nested, name) for name in names)]
+        return [(long_mode, "walk"), (long_mode, "mark")]
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The outcome of the walk kernel; it sets no flags when it faults."""
@@ -244,6 +262,38 @@ class Optimized(HostMemory):
         )
         results = zip(gpas, statuses, values, strict=True)
         return [stage_outcome(stage, gpa, status, value) for gpa, status, value in results]
+
+    def translate_nested(self, cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Outcome:
+        """The outcome of the two-dimensional walk kernel; it sets no flags when it stops."""
+        marks = Marks()
+        status, value, gpa = nested.walk_and_mark(
+            Entries(memory),
+            marks,
+            memory.limit >> 3,
+            *nested_controls(cpu, stage),
+            access.address,
+            access_word(access),
+            [[0] * 6 for _ in range(6)],
+            [0] * 18,
+        )
+        return nested_outcome(stage, gpa, status, value, marks.updates)
+
+    def translate_nested_many(
+        self, cpu: Cpu, stage: Stage, memory: Memory, addresses: Sequence[int], access: Access
+    ) -> list[Outcome]:
+        """The outcomes of the two-dimensional batch kernel. Their updates are empty."""
+        results = [[0] * len(addresses) for _ in range(3)]
+        nested.translate_many(
+            Entries(memory),
+            memory.limit >> 3,
+            *nested_controls(cpu, stage),
+            addresses,
+            access_word(access),
+            [[0] * 6 for _ in range(6)],
+            [0] * 18,
+            *results,
+        )
+        return [nested_outcome(stage, gpa, s, v) for s, v, gpa in zip(*results, strict=True)]
 
     def vmm(self, plan: Plan) -> Vmm:
         """A hypervisor at power-on."""
@@ -320,6 +370,8 @@ class Compiled:
         self._compiled = compiled
         self._image = np.zeros(0, dtype=np.uint64)
         self._path = np.zeros(6, dtype=np.uint64)
+        self._paths = np.zeros((6, 6), dtype=np.uint64)
+        self._trace = np.zeros(18, dtype=np.uint64)
         # Compile now, so that the first case does not wait for it.
         for efer in (LME | LMA, 0):
             cpu = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=efer)
@@ -418,6 +470,44 @@ class Compiled:
             raise NotCovered(f"a memory of {memory.limit:#x} bytes: no image is made of it")
         return CompiledTlb(cpu, memory, vpid, sets, ways)
 
+    def translate_nested(self, cpu: Cpu, stage: Stage, memory: Sparse, access: Access) -> Outcome:
+        """The outcome of the compiled two-dimensional walk, with the flags that it set."""
+        words = nested_controls(cpu, stage)
+        image, indices = self._load(memory)
+        status, value, gpa = self._compiled(nested.walk_and_mark)(
+            image,
+            image,
+            *_words(memory.limit >> 3, *words, access.address, access_word(access)),
+            self._paths,
+            self._trace,
+        )
+        updates = self._updates(memory, indices, status < long_mode.FAULT)
+        return nested_outcome(stage, int(gpa), int(status), int(value), updates)
+
+    def translate_nested_many(
+        self,
+        cpu: Cpu,
+        stage: Stage,
+        memory: Sparse,
+        addresses: Sequence[int],
+        access: Access,
+    ) -> list[Outcome]:
+        """The outcomes of the compiled two-dimensional batch kernel."""
+        words = nested_controls(cpu, stage)
+        image, indices = self._load(memory)
+        results = np.zeros((3, len(addresses)), dtype=np.uint64)
+        self._compiled(nested.translate_many)(
+            image,
+            *_words(memory.limit >> 3, *words),
+            np.array(addresses, dtype=np.uint64),
+            *_words(access_word(access)),
+            self._paths,
+            self._trace,
+            *results,
+        )
+        image[indices] = 0
+        return [nested_outcome(stage, gpa, s, v) for s, v, gpa in results.T.tolist()]
+
     def _updates(self, memory: Sparse, indices: list[int], translated: bool) -> tuple[Update, ...]:
         """The flags that a walk set in the image; with all the entries if it translated. The image
         is cleared for the next walk.
@@ -489,6 +579,33 @@ class CompiledTlb(Operations):
         return [Cached(*map(int, found)) for found in super().cached()]
 
 
+def translate_nested_array(
+    cpu: Cpu,
+    stage: Stage,
+    image: np_typing.NDArray[np.uint64],
+    addresses: np_typing.NDArray[np.uint64],
+    access: Access,
+) -> tuple[np_typing.NDArray[np.uint64], ...]:
+    """`translate_array` for a guest under a second stage: statuses, values and guest-physical
+    addresses, as the kernel gives them.
+    """
+    from vapama.impl.kernels.compiled import compiled
+
+    statuses, values, gpas = (np.zeros_like(addresses) for _ in range(3))
+    compiled(nested.translate_many)(
+        image,
+        *_words(len(image), *nested_controls(cpu, stage)),
+        addresses,
+        *_words(access_word(access)),
+        np.zeros((6, 6), dtype=np.uint64),
+        np.zeros(18, dtype=np.uint64),
+        statuses,
+        values,
+        gpas,
+    )
+    return statuses, values, gpas
+
+
 def translate_array(
     cpu: Cpu,
     image: np_typing.NDArray[np.uint64],
@@ -552,3 +669,12 @@ def stage_outcome(
 
 def _words(*values: int) -> tuple[np.uint64, ...]:
     return tuple(map(np.uint64, values))
+
+
+def nested_outcome(
+    stage: Stage, gpa: int, status: int, value: int, updates: tuple[Update, ...] = ()
+) -> Outcome:
+    """A two-dimensional kernel's result, and the flags that it set, as an outcome."""
+    if gpa & nested.EXIT:
+        return stage_outcome(stage, gpa & ~nested.EXIT, status, value, updates)
+    return outcome(status, value, updates)

@@ -28,7 +28,6 @@ from typing import Any
 import z3
 
 from vapama.proofs.symbolic import (
-    MUST,
     Explorer,
     SymBool,
     SymMemory,
@@ -146,6 +145,17 @@ def contents(memory: Any) -> z3.ArrayRef:
     raise Unfaithful(f"a lemma is used on a {type(memory).__name__}, whose contents are not known")
 
 
+_simplified: dict[int, tuple[z3.ExprRef, z3.ExprRef]] = {}
+
+
+def simplified(term: z3.ExprRef) -> z3.ExprRef:
+    """The term simplified, once: both are kept, so that ids are not used again."""
+    found = _simplified.get(term.get_id())
+    if found is None:
+        found = _simplified[term.get_id()] = term, z3.simplify(term)
+    return found[1]
+
+
 class Kernel:
     """An uninterpreted kernel: its results, and what it writes, are functions of what it is given.
 
@@ -172,7 +182,8 @@ class Kernel:
                 memories.append(argument.memory)
                 terms.append(contents(argument.memory))
             else:
-                terms.append(word(argument).term)
+                # Simplified, that what is the same may look the same, and need no solver.
+                terms.append(simplified(word(argument).term))
         if not self.results:
             return self._procedure(terms, paths, marks)
         if marks or len(memories) != 1 or len(paths) > 1:
@@ -209,8 +220,12 @@ class Instance(Nondet):
     That they are in the domains of the draws, and what the claim assumes, is to be shown.
     """
 
-    def __init__(self, explorer: Explorer, lemma: str, arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, explorer: Explorer, lemma: str, arguments: tuple[Any, ...], shown: dict[str, Any]
+    ) -> None:
         self.explorer, self.lemma, self.arguments = explorer, lemma, arguments
+        self.shown = shown
+        """Arguments by the draws that were shown to give them, for a lemma at this call."""
         self.values: dict[str, Any] = {}
         for argument in arguments:
             if not hasattr(argument, "load"):
@@ -253,7 +268,9 @@ class Instance(Nondet):
         if given:
             raise Unfaithful(f"the lemma {self.lemma} is about a memory with given entries")
         memory = next(a for a in self.arguments if hasattr(a, "load"))
-        self._in_domain(f"{name}.limit", word(memory.limit), domains.LIMIT)
+        if "memory" not in self.shown:
+            self._in_domain(f"{name}.limit", word(memory.limit), domains.LIMIT)
+            self.shown["memory"] = memory
         return memory
 
     def assume(self, condition: Any) -> None:
@@ -292,12 +309,16 @@ class Instance(Nondet):
 
     def _drawn(self, draw: Callable[[Nondet], Any]) -> Any:
         """The argument that the lemma draws so. It has to be one that can be drawn."""
+        name = draw.__name__
+        if name in self.shown:
+            return self.shown[name]
         drawn = draw(self)
         given = next(a for a in self.arguments if type(a) is type(drawn))
         for ours, theirs in zip(drawn, given, strict=True):
             if ours is not theirs:
                 same = word(ours).term == word(theirs).term
                 self._show(same, f"no draw gives this {type(drawn).__name__}")
+        self.shown[name] = given
         return given
 
 
@@ -315,6 +336,11 @@ class Lemmas:
         self.explorer, self.subject, self.lemmas = explorer, subject, lemmas
         self.calls: list[Call] = []
         self.running: Call | None = None
+        self.shown: dict[str, Any] = {}
+        self.ruled_out: set[tuple[Any, ...]] = set()
+        """Kinds of outcome that a lemma was found to rule out without a decision, behind the
+        decisions of the run so far: these determine it.
+        """
 
     def begin(self) -> None:
         """A run of the exploration begins."""
@@ -338,9 +364,14 @@ class Lemmas:
         """Any outcome that the lemmas allow for a call with these arguments."""
         assert equality.equates is not None
         ours = getattr(self.subject, equality.equates[1])(*arguments)
+        self.shown = {}
         for kind in KINDS:
-            if kind is not type(ours):
+            before = self.explorer.position
+            key = kind, len(self.calls), *(taken for _, _, taken in self.explorer.asked)
+            if kind is not type(ours) and key not in self.ruled_out:
                 self._rule_out(equality, Call(arguments, self._arbitrary(kind)))
+                if self.explorer.position == before:
+                    self.ruled_out.add(key)
         outcome = self._arbitrary(type(ours))
         for lemma in self.lemmas:
             self._instantiate(lemma, Call(arguments, outcome))
@@ -360,13 +391,10 @@ class Lemmas:
 
     def _rule_out(self, equality: Invariant, call: Call) -> None:
         """Outcomes of another kind than the subject's must be refuted by the lemma outright."""
-        before = self.explorer.position
         try:
             self._run(equality, call)
         except AssertionError:
-            asked = self.explorer.trail[before : self.explorer.position]
-            if all(decision.kind == MUST for decision in asked):
-                return
+            return
         raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
 
     def _instantiate(self, lemma: Invariant, call: Call) -> None:
@@ -379,7 +407,8 @@ class Lemmas:
     def _run(self, lemma: Invariant, call: Call) -> None:
         self.running = call
         try:
-            lemma.claim(Instance(self.explorer, lemma.name, call.arguments), self.subject)
+            instance = Instance(self.explorer, lemma.name, call.arguments, self.shown)
+            lemma.claim(instance, self.subject)
         except Reject:
             raise Unfaithful(f"the lemma {lemma.name} is used where it says nothing") from None
         finally:

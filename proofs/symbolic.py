@@ -494,6 +494,9 @@ class SymMemory:
         self.array = z3.Array(f"{name}[]", z3.BitVecSort(64), z3.BitVecSort(64))
         self.loads: list[tuple[z3.BitVecRef, z3.BitVecRef]] = []
         self.given: list[tuple[SymWord, Operand]] = []
+        self.by_index: dict[int, z3.BitVecRef] = {}
+        self.kept: list[z3.BitVecRef] = []
+        """What the keys of `by_index` are the ids of."""
 
     def load(self, address: Operand) -> Operand:
         """The entry at `address`, which must be aligned and below the limit."""
@@ -504,8 +507,17 @@ class SymMemory:
         for at, given in self.given:
             if running().always(where.term == at.term):
                 return given
+        # Kernels come back from an entry's index to its address. Where that leads to the address of
+        # an earlier load the entry is the same term, which all that is made of it is easier for.
+        same = self.by_index.get(z3.simplify(where.term).get_id())
+        if same is not None and running().always(where.term == same):
+            return made(z3.Select(self.array, same))
         value = z3.Select(self.array, where.term)
         self.loads.append((where.term, value))
+        if where.may & 7:
+            back = z3.simplify(z3.LShR(where.term, 3) << 3)
+            self.by_index[back.get_id()] = where.term
+            self.kept.append(back)
         return made(value)
 
 

@@ -11,7 +11,7 @@ CR3, each entry, and at last the page itself are guest-physical addresses, which
 from dataclasses import replace
 from typing import NamedTuple
 
-from vapama.spec import ept, modes, npt, paging
+from vapama.spec import modes, paging, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Memory
@@ -61,17 +61,10 @@ def translate(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Outcome
                 return stopped_by(written, flags)
 
     # PAGE
-    final = second_stage(stage, memory, access_to_page(cpu, guest, access, outcome.pa))
+    final = second_stage.translate(stage, memory, access_to_page(cpu, guest, access, outcome.pa))
     if not isinstance(final, Translated):
         return stopped_by(final, flags)
     return Translated(final.pa, page_level(outcome.level, final.level), flags + final.updates)
-
-
-def second_stage(stage: Stage, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
-    """The outcome of an access to a guest-physical address."""
-    if isinstance(stage, Ept):
-        return ept.translate(stage, memory, access)
-    return npt.translate(stage, memory, access)
 
 
 class Stopped(Exception):
@@ -107,7 +100,7 @@ class GuestMemory:
     def load(self, address: Word) -> Word:
         """The entry at a guest-physical address. Raises `Stopped`."""
         access = access_to_table(address, linear=self.linear)
-        outcome = second_stage(self.stage, self.memory, access)
+        outcome = second_stage.translate(self.stage, self.memory, access)
         if not isinstance(outcome, Translated):
             raise Stopped(stopped_by(outcome, self.flags))
         self.flags = self.flags + outcome.updates
@@ -150,7 +143,7 @@ def write_back(stage: Stage, memory: Memory, load: Load, update: Update) -> Outc
     written: then it is the read once more, which did not fail.
     """
     missing = flag(update.bits & ~load.entry != 0)
-    return second_stage(stage, memory, access_to_table(load.gpa, write=missing))
+    return second_stage.translate(stage, memory, access_to_table(load.gpa, write=missing))
 
 
 def access_to_page(cpu: Cpu, guest: GuestMemory, access: Access, gpa: Word) -> GuestPhysicalAccess:
@@ -219,7 +212,9 @@ def allowed(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> tuple[Out
             updates = first.may_update
         elif isinstance(first, Translated):
             updates = first.updates
-            final = second_stage(stage, memory, access_to_page(cpu, guest, access, first.pa))
+            final = second_stage.translate(
+                stage, memory, access_to_page(cpu, guest, access, first.pa)
+            )
             if not isinstance(final, Translated):
                 outcomes.append(stopped_by(final, guest.flags))
     except Stopped:

@@ -9,7 +9,7 @@ do, and a little is allowed that none can do. Memory is the host's.
 
 from collections.abc import Iterator, Sequence
 
-from vapama.spec import nested
+from vapama.spec import nested, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu, ImpossibleState
 from vapama.spec.ept import RIGHTS
@@ -177,7 +177,7 @@ class _StaleGuest(nested.GuestMemory):
     def _second_stage(self, access: GuestPhysicalAccess) -> Outcome:
         self.stage_walks = True
         self.since_gpa = self.processor.since_violation(access.address)
-        return nested.second_stage(self.stage, self.memory, access)
+        return second_stage.translate(self.stage, self.memory, access)
 
     def _may_stop(self, outcome: Outcome) -> Condition:
         """A violation by missing rights may come of what is cached, anything else may not."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, get_args
 
 from vapama.case import Case, make_case
-from vapama.spec import domains, second_stage
+from vapama.spec import domains, nested, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain, narrowed
@@ -247,6 +247,27 @@ class Guarded:
         outcomes: list[Outcome] = many(stage, memory, gpas, access)
         return outcomes
 
+    def translate_nested(self, cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Outcome:
+        """The subject's outcome for a guest's access through both stages."""
+        if self._preload:
+            memory = nested_preloaded(cpu, stage, memory, [access])
+        both = GuardedCall(self.subject.translate_nested)
+        outcome: Outcome = both(cpu, stage, memory, access)
+        if type(outcome) not in OUTCOMES:
+            raise SubjectRaised(f"nothing, but returned {outcome!r}, which is not an outcome"[:200])
+        return outcome
+
+    def translate_nested_many(
+        self, cpu: Cpu, stage: Stage, memory: Memory, addresses: Sequence[int], access: Access
+    ) -> list[Outcome]:
+        """The subject's outcomes for several accesses through both stages."""
+        if self._preload:
+            accesses = [access._replace(address=address) for address in addresses]
+            memory = nested_preloaded(cpu, stage, memory, accesses)
+        many = GuardedCall(self.subject.translate_nested_many)
+        outcomes: list[Outcome] = many(cpu, stage, memory, addresses, access)
+        return outcomes
+
     def departure(self) -> str | None:
         """The known departure, by name, that a call of this run shows; None if there is none."""
         for cpu, memory, access, observed in self.calls:
@@ -318,6 +339,14 @@ def second_stage_preloaded(
     watched = Watched(memory)
     for access in accesses:
         second_stage.translate(stage, watched, access)
+    return Sparse({a: memory.load(a) for a in watched.loads}, memory.limit)
+
+
+def nested_preloaded(cpu: Cpu, stage: Stage, memory: Memory, accesses: Sequence[Access]) -> Sparse:
+    """The entries that both stages read for a guest's accesses, read (and so drawn) by them."""
+    watched = Watched(memory)
+    for access in accesses:
+        nested.translate(cpu, stage, watched, access)
     return Sparse({a: memory.load(a) for a in watched.loads}, memory.limit)
 
 

@@ -20,6 +20,9 @@ from vapama.spec.words import WORD
 
 Kernel = Callable[..., Any]
 
+APART = ("walk_stage",)
+"""Kernels too large to be inlined: two walks, called from several places."""
+
 _compiled: dict[Kernel, Kernel] = {}
 
 
@@ -27,7 +30,10 @@ def compiled(kernel: Kernel) -> Kernel:
     """The machine-code form of a plain kernel function, made once a process."""
     if kernel not in _compiled:
         _compiled[kernel] = numba.njit(
-            _unsigned(kernel), cache=_has_a_file(kernel), nogil=True, inline="always"
+            _unsigned(kernel),
+            cache=_has_a_file(kernel),
+            nogil=True,
+            inline="never" if kernel.__name__ in APART else "always",
         )
     return _compiled[kernel]
 

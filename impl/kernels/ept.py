@@ -155,6 +155,15 @@ def mark(memory: Store, levels: Word, level: Word, write: Word, path: Words) -> 
     memory[path[level]] = memory[path[level]] | 0x100 | write << 9
 
 
+def mark_walk(memory: Store, mode: Word, status: Word, access: Word, path: Words) -> None:
+    """Set the flags, where EPT has them, of a walk that translated with this status."""
+    if mode >> MODE_AD & 1:
+        levels = 4
+        if mode >> MODE_FIVE & 1:
+            levels = 5
+        mark(memory, levels, status, access >> 1 & 1 | table_write(mode, access), path)
+
+
 def walk_and_mark(
     memory: Words,
     marks: Store,
@@ -170,11 +179,8 @@ def walk_and_mark(
     `marks`: the memory.
     """
     status, value = walk(memory, entries, mode, reserved, eptp, gpa, access, path)
-    if status < VIOLATION and mode >> MODE_AD & 1:
-        levels = 4
-        if mode >> MODE_FIVE & 1:
-            levels = 5
-        mark(marks, levels, status, access >> 1 & 1 | table_write(mode, access), path)
+    if status < VIOLATION:
+        mark_walk(marks, mode, status, access, path)
     return status, value
 
 

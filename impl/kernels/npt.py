@@ -193,6 +193,11 @@ def mark(memory: Store, paging: Word, level: Word, write: Word, path: Words) -> 
         memory[path[level]] = memory[path[level]] | last
 
 
+def mark_walk(memory: Store, mode: Word, status: Word, access: Word, path: Words) -> None:
+    """Set the flags of a walk that translated with this status."""
+    mark(memory, mode & 3, status, (access >> 1 | access >> 3) & 1, path)
+
+
 def walk_and_mark(
     memory: Words,
     marks: Store,
@@ -207,7 +212,7 @@ def walk_and_mark(
     """`walk`, and if it translates set the accessed and dirty flags in `marks`: the memory."""
     status, value = walk(memory, entries, mode, reserved, ncr3, gpa, access, path)
     if status < FAULT:
-        mark(marks, mode & 3, status, (access >> 1 | access >> 3) & 1, path)
+        mark_walk(marks, mode, status, access, path)
     return status, value
 
 

@@ -280,7 +280,14 @@ def test_an_invariant_names_its_source_its_twin_and_its_claim(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MISTAKES if not INVARIANTS[MISTAKES[name].breaks].searched]
+    "name",
+    [
+        name
+        for name in MISTAKES
+        # Proofs under lemmas have their counterexamples found by runs: see tests/fuzz.
+        if not INVARIANTS[MISTAKES[name].breaks].searched
+        and not INVARIANTS[MISTAKES[name].breaks].uses
+    ],
 )
 def test_a_seeded_mistake_is_refuted_by_a_case_that_fails_on_ints(name: str) -> None:
     invariant = INVARIANTS[MISTAKES[name].breaks]
