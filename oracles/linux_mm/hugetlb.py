@@ -49,8 +49,8 @@ class LinuxHugetlb:
     def hugetlb(self) -> "LinuxPool":
         """An empty pool; whatever ran before is ended."""
         if not self.started:
-            self.process, self.parent = template()
             self.knobs = Knobs()
+            self.process, self.parent = template()
             self.started = True
         if self.running is not None:
             self.running.end()
@@ -68,7 +68,7 @@ class LinuxHugetlb:
             self.running.end()
         self.parent.end()
         self.process.wait()
-        self.knobs.restore()
+        self.knobs.close()
 
 
 class LinuxPool:

@@ -15,13 +15,14 @@ from typing import Any, NoReturn
 
 from platformdirs import user_state_path
 
-from vapama.spec.subject import NotCovered
-
 RECORD = user_state_path("vapama") / "linux-mm-knobs.json"
 
 
-class Unavailable(NotCovered):
-    """The kernel cannot be driven here; the reason."""
+class Unavailable(BaseException):
+    """The kernel cannot be driven here; the reason.
+
+    Not an `Exception`, so that no engine takes it for something that the kernel did.
+    """
 
 
 def written(path: str, value: str) -> None:
@@ -73,6 +74,12 @@ class Knobs:
                 os.fsync(new.fileno())
             beside.replace(self.record)
         written(path, str(value))
+
+    def close(self) -> None:
+        """Put every knob back, and let others have them."""
+        self.restore()
+        atexit.unregister(self.restore)
+        self.lock.close()
 
     def restore(self) -> None:
         """Put every knob back, the first that was changed last, and drop the record."""

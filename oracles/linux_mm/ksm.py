@@ -63,9 +63,9 @@ class LinuxKsm:
 
         Not before the first program: who only asks what the subject can do leaves the kernel alone.
         """
-        self.started = True
-        self.process, self.parent = template()
         self.knobs = Knobs(first=((FOLDER + "run", "2"),))
+        self.process, self.parent = template()
+        self.started = True
         self.base = self.parent.ask(b"m", (MOST_PAGES + 2) * PAGE, MAP_PRIVATE | MAP_ANONYMOUS)
         self.base += PAGE
         self.parent.ask(b"a", self.base, MOST_PAGES * PAGE, NOHUGEPAGE)
@@ -141,7 +141,7 @@ class LinuxKsm:
             self.running.end()
         self.parent.end()
         self.process.wait()
-        self.knobs.restore()
+        self.knobs.close()
 
 
 def others(ours: set[int]) -> list[int]:

@@ -81,7 +81,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
     assert (read(str(knob)), record.exists()) == ("43", True)
     next_one = Knobs(record=record)
     assert (read(str(knob)), record.exists()) == ("7", False)
-    next_one.lock.close()
+    next_one.close()
 
 
 def test_a_terminated_run_cleans_up_itself(tmp_path: Path) -> None:
@@ -113,4 +113,4 @@ def test_ksm_of_a_killed_run_is_restored(tmp_path: Path, kernel: tuple[str, Any]
     time.sleep(0.2)
     knobs = Knobs()
     assert {knob: read(ksm.FOLDER + knob) for knob in names} == before
-    knobs.lock.close()
+    knobs.close()
