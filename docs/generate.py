@@ -1,13 +1,17 @@
 # ruff: noqa: INP001  (a script, found by its path)
-"""``python docs/generate.py`` writes reference/invariants.md from the registry of invariants.
+"""``python docs/generate.py`` writes reference/invariants.md from the registry of invariants, and
+reference/vector-coverage.md from the test vectors that come with vapama.
 
-A test says whether the page is up to date.
+A test says whether the pages are up to date.
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 from vapama.spec.nondet import Invariant, load_invariants
+from vapama.vectors.form import SHIPPED, read_vectors
+from vapama.vectors.questions import KINDS
 
 PAGE = Path(__file__).parent / "reference" / "invariants.md"
 HEAD = """\
@@ -28,9 +32,40 @@ NAME` proves it of the optimized walk.
 """
 
 
+VECTORS_PAGE = PAGE.with_name("vector-coverage.md")
+VECTORS_HEAD = """\
+<!-- Written by docs/generate.py from vapama/data/vectors.jsonl: change it there. -->
+
+# What the test vectors reach
+
+For each kind of [test vector](vectors.md) that comes with vapama, how its walks go and end, and how
+many vectors do so. The paths that the symbolic engine enumerates in the walks of one stage are all
+taken: `tests/cli/test_vectors.py` evaluates their conditions on the vectors. Of two stages together
+the paths are too many for that, and these are drawn at random.
+"""
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the pages."""
     PAGE.write_text(invariants_page(), encoding="utf-8")
+    VECTORS_PAGE.write_text(vectors_page(), encoding="utf-8")
+
+
+def vectors_page() -> str:
+    """The page about test vectors: a table of how the walks of each kind end."""
+    counts: dict[str, Counter[str]] = {}
+    for vector in read_vectors(SHIPPED):
+        enumerated = KINDS[vector.kind].symbolic
+        way = vector.path if enumerated else vector.path.rsplit(", ", 1)[1]
+        counts.setdefault(vector.kind, Counter())[way] += 1
+    parts = [VECTORS_HEAD]
+    for kind, ways in counts.items():
+        rows = "".join(f"| {way} | {ways[way]} |\n" for way in sorted(ways))
+        title = f"## {kind[:1].upper()}{kind[1:]}"
+        parts.append(
+            f"{title}\n\n{ways.total():,} vectors.\n\n| path | vectors |\n| --- | ---: |\n{rows}"
+        )
+    return "\n".join(parts)
 
 
 def invariants_page() -> str:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from vapama import cli_oracles, cli_snapshot
+from vapama import cli_oracles, cli_snapshot, cli_vectors
 from vapama.case import BadInput
 from vapama.jobs import Event, Job
 from vapama.snapshot import truth
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_snapshot.app, name="snapshot")
 app.add_typer(cli_oracles.app, name="oracles")
+app.add_typer(cli_vectors.app, name="vectors")
 console = Console(highlight=False, emoji=False)
 notes = Console(stderr=True, highlight=False, emoji=False)
 

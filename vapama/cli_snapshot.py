@@ -186,7 +186,7 @@ def _outcomes(
             yield physical, answers.second_stage_translate(about.stage, about.image, physical)
         else:
             access = Access(address, **kind)
-            yield access, answers.translate(about.cpu, about.image, access)
+            yield access, answers.translate(about.cpu, about.image, access, about.stage)
 
 
 def _print_walks(about: Asked, addresses: Iterator[int], kind: dict[str, int]) -> None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from vapama.case import BadInput
+from vapama.process import Process
 from vapama.runs import Guarded
 from vapama.spec import second_stage
 from vapama.spec.paging import load_pdptes, translate
@@ -114,7 +116,8 @@ SHORT_NAMES: dict[str, Callable[[], Any]] = {
 
 
 def load_subject(name: str) -> Guarded:
-    """The subject of this name: a short one, ``mistake:NAME`` or ``module:factory``.
+    """The subject of this name: a short one, ``mistake:NAME``, ``process:COMMAND``,
+    ``cabi:LIBRARY`` or ``module:factory``.
 
     A factory is a class or a function that takes no arguments; its module is looked for where
     Python finds it, and in the current directory. Raises `BadInput`.
@@ -133,6 +136,10 @@ def _subject(name: str) -> Any:
     kind, colon, rest = name.partition(":")
     if kind == "mistake" and colon:
         return _mistake(rest)
+    if kind == "process" and colon:
+        return Process(name, shlex.split(rest))
+    if kind == "cabi" and colon:
+        return Process(name, [sys.executable, "-m", "vapama.cabi", rest])
     if not colon or not kind or not rest:
         known = ", ".join(SHORT_NAMES)
         raise BadInput(f"--subject {name}: give one of {known}, or module:factory")

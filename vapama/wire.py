@@ -1,34 +1,69 @@
-"""Control states, accesses, memories and outcomes as JSON, by which other programs are spoken to.
+"""Control states, accesses and outcomes as JSON, by which other programs are spoken to.
 
-All numbers are hexadecimal strings, because many readers of JSON round those beyond 2**53; flags
-are strings too, "0x0" and "0x1". An outcome is named by its kind (`vapama.spec.outcomes.kind`).
+All numbers are hexadecimal strings, because many readers of JSON round those beyond 2**53. An
+outcome is named by its kind (`vapama.spec.outcomes.kind`), and updates are pairs of an entry's
+address and bits.
 """
 
 import dataclasses
+import functools
+import operator
 import typing
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from vapama.spec import outcomes
-from vapama.spec.outcomes import Outcome, Update
-from vapama.spec.words import WORD
+import msgspec
+
+from vapama.spec.access import Access, GuestPhysicalAccess
+from vapama.spec.cpu import Cpu
+from vapama.spec.outcomes import Outcome, Update, kind
+from vapama.spec.stage import Ept, Npt
+
+Hex = Annotated[str, msgspec.Meta(pattern="^0x[0-9a-f]{1,16}$", description="A word.")]
+Updates = tuple[tuple[Hex, Hex], ...]
 
 
-class Malformed(ValueError):
-    """JSON that is not what it should be; says what, and where in it."""
+def _state(type_: Any) -> Any:
+    """The JSON of a named tuple of words, all of whose rows are PDPTE registers."""
+    fields: list[Any] = []
+    for name in type_._fields:
+        form: Any = tuple[Hex, Hex, Hex, Hex] | None if name == "pdptes" else Hex
+        if name not in type_._field_defaults:
+            fields.append((name, form))
+        else:
+            default = type_._field_defaults[name]
+            fields.append((name, form, default if default is None else hex(default)))
+    return msgspec.defstruct(
+        f"{type_.__name__}State", fields, kw_only=True, forbid_unknown_fields=True, frozen=True
+    )
 
 
-def to_number(value: object, where: str) -> int:
-    """A word, from a hexadecimal string. Raises `Malformed`."""
-    number = -1
-    if isinstance(value, str) and value.startswith("0x"):
-        try:
-            number = int(value[2:], 16)
-        except ValueError:
-            number = -1
-    if not 0 <= number <= WORD:
-        raise Malformed(f"{where} is {value!r:.40}, and not a hexadecimal string such as '0x1000'")
-    return number
+def _outcome(type_: Any) -> Any:
+    """The JSON of an outcome; a field that is left out is 0, or no updates."""
+    fields: list[Any] = [
+        (field.name, Updates, ()) if "Update" in str(field.type) else (field.name, Hex, "0x0")
+        for field in dataclasses.fields(type_)
+    ]
+    return msgspec.defstruct(
+        f"{type_.__name__}Outcome",
+        fields,
+        kw_only=True,
+        forbid_unknown_fields=True,
+        frozen=True,
+        tag_field="outcome",
+        tag=_kind_of(type_),
+    )
+
+
+def _kind_of(type_: Any) -> str:
+    empty = object.__new__(type_)
+    return kind(empty)
+
+
+STATES = {type_: _state(type_) for type_ in (Cpu, Ept, Npt, Access, GuestPhysicalAccess)}
+OUTCOMES = {type_: _outcome(type_) for type_ in typing.get_args(Outcome)}
+OutcomeJson: Any = functools.reduce(operator.or_, OUTCOMES.values())
+"""Any outcome, as `msgspec` reads it."""
+_TYPES: dict[Any, Any] = {form: type_ for type_, form in OUTCOMES.items()}
 
 
 def state_to_json(state: Any) -> dict[str, Any]:
@@ -40,39 +75,21 @@ def state_to_json(state: Any) -> dict[str, Any]:
     }
 
 
-def state_from_json(kind: Any, content: object, where: str) -> Any:
-    """A named tuple of words of class `kind`; what is left out has its default.
-
-    Raises `Malformed`, or what the class itself raises.
-    """
-    if not isinstance(content, Mapping):
-        raise Malformed(f"{where} is no object")
-    fields: tuple[str, ...] = kind._fields
-    for name in content:
-        if name not in fields:
-            raise Malformed(f"{where} has a field {name!r:.40}; there are {', '.join(fields)}")
-    for name in fields:
-        if name not in content and name not in kind._field_defaults:
-            raise Malformed(f"{where} lacks the field {name}")
-    return kind(**{name: _value(value, f"{where}.{name}") for name, value in content.items()})
+def state_of(type_: Any, read: Any) -> Any:
+    """The control state or access of what `STATES[type_]` read. Raises what its type raises."""
+    values = ((name, getattr(read, name)) for name in type_._fields)
+    return type_(**{name: _words(value) for name, value in values})
 
 
-def _value(content: object, where: str) -> int | tuple[int, ...] | None:
-    if content is None:
-        return None
-    if isinstance(content, list):
-        return tuple(to_number(value, f"{where}[{k}]") for k, value in enumerate(content))
-    return to_number(content, where)
-
-
-KINDS: dict[str, Any] = {
-    outcomes._KINDS[kind]: kind for kind in typing.get_args(Outcome) if kind in outcomes._KINDS
-}
+def _words(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_words, value))
+    return None if value is None else int(value, 16)
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     """An outcome: `outcome` is its kind, the rest its fields; updates are pairs of hex strings."""
-    content: dict[str, Any] = {"outcome": outcomes.kind(outcome)}
+    content: dict[str, Any] = {"outcome": kind(outcome)}
     for field in dataclasses.fields(outcome):
         value = getattr(outcome, field.name)
         if isinstance(value, tuple):
@@ -82,35 +99,16 @@ def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
     return content
 
 
-def outcome_from_json(content: object, where: str) -> Outcome:
-    """The outcome of this JSON; a field left out is 0, or no updates. Raises `Malformed`."""
-    if not isinstance(content, Mapping):
-        raise Malformed(f"{where} is no object")
-    kind = KINDS.get(str(content.get("outcome")))
-    if kind is None:
-        raise Malformed(
-            f"{where}.outcome is {content.get('outcome')!r:.40}; there are {', '.join(KINDS)}"
+def outcome_of(read: Any) -> Outcome:
+    """The outcome that was read as `OutcomeJson`."""
+    type_ = _TYPES[type(read)]
+    values = {}
+    for field in dataclasses.fields(type_):
+        value = getattr(read, field.name)
+        values[field.name] = (
+            tuple(Update(*_words(pair)) for pair in value)
+            if isinstance(value, tuple)
+            else int(value, 16)
         )
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
-    for name in content:
-        if name not in fields and name != "outcome":
-            raise Malformed(f"{where} has a field {name!r:.40}, which no {content['outcome']} has")
-    values: dict[str, Any] = {}
-    for name, type_ in fields.items():
-        if "Update" in str(type_):
-            values[name] = _updates(content.get(name, []), f"{where}.{name}")
-        else:
-            values[name] = to_number(content.get(name, "0x0"), f"{where}.{name}")
-    outcome: Outcome = kind(**values)
+    outcome: Outcome = type_(**values)
     return outcome
-
-
-def _updates(content: object, where: str) -> tuple[Update, ...]:
-    if not isinstance(content, list):
-        raise Malformed(f"{where} is no list of pairs of an entry's address and bits")
-    found = []
-    for k, pair in enumerate(content):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Malformed(f"{where}[{k}] is no pair of an entry's address and bits")
-        found.append(Update(*(to_number(value, f"{where}[{k}]") for value in pair)))
-    return tuple(found)

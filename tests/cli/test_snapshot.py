@@ -272,6 +272,19 @@ def test_what_a_guest_maps_is_led_on_through_its_second_stage(
     assert result.out.splitlines()[1:] == LED_ON
 
 
+def test_an_address_is_translated_through_both_stages(vapama: Vapama, folder: Path) -> None:
+    (folder / "host").write_bytes(host({**EPT_TABLES, 0x4000 + 8 * 6: HOST + 0x6000 | 0x34}))
+    options = ("--cr3", "0x1000", "--eptp", "0x101e")
+    asked = ("0x123", "0x1000", "0x6000", "0x3000")
+    result = vapama("snapshot", "translate", "host", *asked, *options)
+    assert (result.status, result.err) == (0, "")
+    said = [line.split("  ", 1)[1] for line in result.out.splitlines()]
+    assert said[0] == "translated to 0x105123, a page of 4 KBytes"
+    assert said[1].startswith("EPT violation at 0x6000")
+    assert said[2].startswith("#PF, error code 0x0")
+    assert "EPT violation at 0x8000" in said[3]
+
+
 def test_a_second_stage_takes_rights_away_and_splits_pages(vapama: Vapama, folder: Path) -> None:
     """The guest's 2-MByte page goes to two places: 4 KBytes to read, and the rest nowhere."""
     tables = {**EPT_TABLES, 0x4000 + 8 * 5: HOST + 0x5000 | 0x35, 0x3010: 0x5007, 0x5000: 0x9031}

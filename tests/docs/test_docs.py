@@ -303,7 +303,7 @@ COMMANDS: dict[str, Any] = {
 }
 """Commands by name, those of a group by the group's name and their own."""
 TARGETS = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-OTHERS = {".", "cd", "git", "pip", "pytest", "bash"}
+OTHERS = {".", "cd", "git", "pip", "pytest", "bash", "gcc"}
 
 
 @pytest.mark.parametrize("command", every_command())
@@ -409,7 +409,7 @@ def test_every_draw_is_documented() -> None:
         assert f"`{name}`" in text, name
 
 
-def test_the_invariants_page_is_up_to_date() -> None:
+def test_the_generated_pages_are_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     assert spec is not None
     assert spec.loader is not None
@@ -417,6 +417,8 @@ def test_the_invariants_page_is_up_to_date() -> None:
     spec.loader.exec_module(generate)
     written = (DOCS / "reference" / "invariants.md").read_text(encoding="utf-8")
     assert written == generate.invariants_page(), "run: python docs/generate.py"
+    written = (DOCS / "reference" / "vector-coverage.md").read_text(encoding="utf-8")
+    assert written == generate.vectors_page(), "run: python docs/generate.py"
 
 
 def excerpts() -> list[Any]:

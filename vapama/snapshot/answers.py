@@ -10,7 +10,7 @@ from vapama.case import BadInput
 from vapama.impl.kernels import mappings as kernel
 from vapama.impl.listing import Listing, Pieces, Runs, Words, composed, form_of
 from vapama.snapshot.images import Absent, Image, Piece
-from vapama.spec import ept, modes, paging, second_stage
+from vapama.spec import ept, modes, nested, paging, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import (
     LMA,
@@ -95,9 +95,13 @@ def second_stage_state(
     return None
 
 
-def translate(cpu: Cpu, image: Image, access: Access) -> Outcome:
-    """The outcome of an access; an entry in a gap between pieces of memory is outside of it."""
+def translate(cpu: Cpu, image: Image, access: Access, stage: Stage | None = None) -> Outcome:
+    """The outcome of an access, through a second stage if there is one; an entry in a gap between
+    pieces of memory is outside of it.
+    """
     try:
+        if stage is not None:
+            return nested.translate(cpu, stage, image, access)
         return paging.translate(cpu, image, access)
     except Absent as absent:
         return OutsideMemory(absent.address)
