@@ -80,9 +80,10 @@ def find(cache: Words, tag: Word, region: Word, space: Word) -> Word:
     at = set_of(cache, tag, region)
     end = at + cache[WAYS] * WORDS
     while at < end:
-        tagged = (cache[at] == tag) | (cache[at] == shared)
-        if tagged & (cache[at + 1] == region) & (cache[at + 3] == space):
-            return at
+        if cache[at + 1] == region:
+            tagged = (cache[at] == tag) | (cache[at] == shared)
+            if tagged & (cache[at + 3] == space):
+                return at
         at = at + WORDS
     return 0
 
