@@ -399,9 +399,13 @@ def _aligned(merger: Any, process: int, page: int) -> None:
 # The same, proved for any number of pages
 
 INDEX = Domain(free=low_bits(40), bias=lambda raw: raw >> 8 & 3, scope=(0, 1, 2))
+OTHER = Domain(free=low_bits(40), bias=lambda raw: 4 + (raw >> 8 & 3), scope=(1, 0))
+ANY_PAGE = Domain(free=low_bits(40), bias=lambda raw: raw >> 8 & 7, scope=(0, 1, 2))
+FRESH = Domain(free=low_bits(40), bias=lambda raw: 16 + (raw >> 8 & 3), scope=(3, 1))
+"""A frame that is free: mostly beyond those that biased entries name."""
 PAGE_WORD = Domain(
     free=low_bits(52),
-    bias=lambda raw: raw >> 8 & 3 | (raw >> 10 & 3) << 12,
+    bias=lambda raw: raw >> 8 & 3 | (raw >> 10 & 7) << 12,
     scope=(0x1003, 0, 0x2001),
 )
 CONTENT = Domain(bias=lambda raw: raw >> 8 & 1, scope=(0, 1))
@@ -430,7 +434,7 @@ class Changed:
 
 @invariant(
     source="Linux, mm/ksm.rst; core-api/pin_user_pages.rst",
-    reaches=(*KINDS, "merged", "copied", "pinned fork"),
+    reaches=KINDS,
     needs=(SHARING,),
     twin="a-merged-page-stays-writable",
     bound="any number of processes, pages and frames; one step, from any state that is apart",
@@ -444,10 +448,10 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     """
     k = subject.sharing()
     page, other, seen, witness = nondet.words(
-        (("page", INDEX), ("other", INDEX), ("seen", INDEX), ("witness", INDEX))
+        (("page", INDEX), ("other", OTHER), ("seen", ANY_PAGE), ("witness", ANY_PAGE))
     )
     nondet.assume(page != other)
-    word, its, fresh = nondet.words((("word", PAGE_WORD), ("its", PAGE_WORD), ("fresh", INDEX)))
+    word, its, fresh = nondet.words((("word", PAGE_WORD), ("its", PAGE_WORD), ("fresh", FRESH)))
     given = [(page << 3, word), (other << 3, its)]
     table = Changed(nondet, nondet.memory("table", given))
     old, new = nondet.words((("old", CONTENT), ("new", CONTENT)))
