@@ -1,8 +1,9 @@
 """Walks as a person reads them: each level, index, entry and its bits, where and why it stopped."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
-from vapama.spec import ept, modes, npt, paging, second_stage
+from vapama.spec import ept, modes, nested, npt, paging, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LAM_SUP, LAM_U48, LAM_U57, Cpu, reserved_in_pdptes
 from vapama.spec.memory import Memory
@@ -172,6 +173,20 @@ def explain_guest_physical(
     narrow = isinstance(stage, Npt) and stage.levels == 2
     mode = modes.TWO_LEVEL_PSE if narrow else modes.FIVE_LEVEL
     yield f"outcome  {describe_outcome(second_stage.translate(stage, memory, access), mode)}"
+
+
+def explain_nested(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Iterator[str]:
+    """A two-dimensional walk: the guest's, where each of its entries lies in the host, and the
+    outcome of both stages.
+    """
+    guest = nested.GuestMemory(stage, memory)
+    yield f"stage    {describe_stage(stage)}"
+    with contextlib.suppress(nested.Stopped):
+        for line in explain_access(cpu, guest, access):
+            yield line.replace("outcome ", "guest   ", 1)
+    for gpa, host, entry in dict.fromkeys(guest.loads):
+        yield f"         guest-physical {gpa:#x} is at {host:#x} = {entry:#018x}"
+    yield f"outcome  {describe_outcome(nested.translate(cpu, stage, memory, access), cpu.mode)}"
 
 
 def describe_guest_physical(access: GuestPhysicalAccess) -> str:

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from vapama.case import BadInput, Case, load_case
 from vapama.check import chosen_invariants
-from vapama.explain import describe_outcome, explain_access, explain_guest_physical
+from vapama.explain import (
+    describe_outcome,
+    explain_access,
+    explain_guest_physical,
+    explain_nested,
+)
 from vapama.fuzz import atheris_engine
 from vapama.fuzz.decoded import ByteDraws
 from vapama.fuzz.exhaustive import Scripted
@@ -23,22 +28,24 @@ from vapama.runs import (
     hang_guard,
 )
 from vapama.snapshot.truth import load_snapshot
-from vapama.spec import second_stage
+from vapama.spec import nested, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Image, Memory
 from vapama.spec.nondet import Invariant, Reject
 from vapama.spec.outcomes import Outcome
 from vapama.spec.paging import translate
-from vapama.spec.stage import Stage
+from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.subject import agree
 from vapama.subjects import load_subject
 from vapama.verdict import EXIT_COUNTEREXAMPLE, EXIT_HELD, EXIT_UNDECIDED
 
 FAILS, HOLDS, SAYS_NOTHING = "fails", "holds", "says nothing"
 HANG_SECONDS = 10.0
-Walk = tuple[Cpu | Stage, Memory, Access | GuestPhysicalAccess]
-"""What a walk was asked: of linear addresses by control state, of guest-physical ones by stage."""
+Walk = tuple[Cpu | Stage | tuple[Cpu, Stage], Memory, Access | GuestPhysicalAccess]
+"""What a walk was asked: of linear addresses by control state, or by that and a second stage; of
+guest-physical ones by stage.
+"""
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,15 @@ class Recorded(Guarded):
             self.recorded.append(((stage, memory, access), outcome))
         return outcome
 
+    def translate_nested(self, cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Outcome:
+        """The subject's outcome, kept."""
+        outcome: Outcome | None = None
+        try:
+            outcome = super().translate_nested(cpu, stage, memory, access)
+        finally:
+            self.recorded.append((((cpu, stage), memory, access), outcome))
+        return outcome
+
 
 def _explained(walk: Walk) -> tuple[Iterator[str], Outcome]:
     """A walk line by line, and the reference's outcome."""
@@ -148,7 +164,12 @@ def _explained(walk: Walk) -> tuple[Iterator[str], Outcome]:
     if isinstance(state, Cpu):
         assert isinstance(access, Access)
         return explain_access(state, memory, access), translate(state, memory, access)
-    assert isinstance(access, GuestPhysicalAccess)
+    if isinstance(access, Access):
+        assert not isinstance(state, Ept | Npt)
+        cpu, stage = state
+        lines = explain_nested(cpu, stage, memory, access)
+        return lines, nested.translate(cpu, stage, memory, access)
+    assert isinstance(state, Ept | Npt)
     expected = second_stage.translate(state, memory, access)
     return explain_guest_physical(state, memory, access), expected
 
