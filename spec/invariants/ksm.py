@@ -398,13 +398,13 @@ def _aligned(merger: Any, process: int, page: int) -> None:
 
 # The same, proved for any number of pages
 
-INDEX = Domain(free=low_bits(40), bias=lambda raw: raw >> 8 & 3, scope=(0, 1, 2))
-OTHER = Domain(free=low_bits(40), bias=lambda raw: 4 + (raw >> 8 & 3), scope=(1, 0))
-ANY_PAGE = Domain(free=low_bits(40), bias=lambda raw: raw >> 8 & 7, scope=(0, 1, 2))
-FRESH = Domain(free=low_bits(40), bias=lambda raw: 16 + (raw >> 8 & 3), scope=(3, 1))
+INDEX = Domain(free=low_bits(12), bias=lambda raw: raw >> 8 & 3, scope=(0, 1, 2))
+OTHER = Domain(free=low_bits(12), bias=lambda raw: 4 + (raw >> 8 & 3), scope=(1, 0))
+ANY_PAGE = Domain(free=low_bits(12), bias=lambda raw: raw >> 8 & 7, scope=(0, 1, 2))
+FRESH = Domain(free=low_bits(12), bias=lambda raw: 16 + (raw >> 8 & 3), scope=(3, 1))
 """A frame that is free: mostly beyond those that biased entries name."""
 PAGE_WORD = Domain(
-    free=low_bits(52),
+    free=low_bits(24),
     bias=lambda raw: raw >> 8 & 3 | (raw >> 10 & 7) << 12,
     scope=(0x1003, 0, 0x2001),
 )
@@ -437,7 +437,7 @@ class Changed:
     reaches=KINDS,
     needs=(SHARING,),
     twin="a-merged-page-stays-writable",
-    bound="any number of processes, pages and frames; one step, from any state that is apart",
+    bound="up to 4,096 pages and frames of any processes; one step, from any state that is apart",
 )
 def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     """Whatever one step does to a page, any other page reads what it did before, and no two pages
