@@ -48,8 +48,10 @@ from vapama.spec.words import WORD
 KINDS = typing.get_args(Outcome)
 WORDS = z3.BitVecSort(64)
 MEMORY = z3.ArraySort(WORDS, WORDS)
-WRITTEN = z3.DeclareSort("Written")
-"""What a kernel writes into a store: contents of a path, a list of flags set."""
+WRITTEN = z3.BitVecSort(1024)
+"""What a kernel writes into a store: the contents of a path (6 words), or a list of flags set (up
+to 6 addresses and bits, and how many): so wide that each has a value of its own.
+"""
 
 
 C = typing.TypeVar("C", bound=type)
@@ -125,7 +127,7 @@ def _parts(updates: Any) -> tuple[Any, ...]:
 def _same_part(a: Any, b: Any) -> SymBool:
     if type(a) is not type(b):
         raise Unfaithful("flags set in two ways are compared, and cannot be told apart")
-    if type(a) is z3.ExprRef:
+    if isinstance(a, z3.ExprRef):
         return SymBool(a == b)
     return SymBool(z3.And(*(word(x).term == word(y).term for x, y in zip(a, b, strict=True))))
 
