@@ -13,6 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 UV ?= uv
+# As many processes as there are processors.
+PYTEST_ARGS ?= -n auto
 LOCK = $(UV) pip compile pyproject.toml --quiet --no-config --universal --fork-strategy fewest \
     --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links
 
