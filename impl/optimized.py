@@ -35,12 +35,15 @@ from vapama.spec.subject import (
     LEVEL,
     LOADS,
     MANY,
+    MASKING,
     NESTED,
     NESTED_MANY,
+    OTHER_MODES,
     PA,
     PDPTES,
     SECOND_STAGE,
     SECOND_STAGE_MANY,
+    SHADOW_STACKS,
     TLB,
     UPDATES,
     VMM,
@@ -173,6 +176,7 @@ class Optimized(HostMemory):
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
+        | {OTHER_MODES, MASKING, SHADOW_STACKS}
         | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, CACHED, NESTED, NESTED_MANY}
         | HostMemory.OBSERVES,
         symbolic=True,
@@ -357,6 +361,7 @@ class Compiled:
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY, PDPTES})
+        | {OTHER_MODES, MASKING, SHADOW_STACKS}
         | {SECOND_STAGE, SECOND_STAGE_MANY, TLB},
         preload=True,
     )

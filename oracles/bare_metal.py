@@ -9,9 +9,9 @@ from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Memory, Sparse
 from vapama.spec.outcomes import Outcome, Translated
 from vapama.spec.stage import Stage
-from vapama.spec.subject import EFFECTS, ERROR_CODE, PA, SECOND_STAGE, Capabilities
+from vapama.spec.subject import EFFECTS, ERROR_CODE, OTHER_MODES, PA, SECOND_STAGE, Capabilities
 
-OBSERVES = frozenset({PA, ERROR_CODE, EFFECTS, SECOND_STAGE})
+OBSERVES = frozenset({PA, ERROR_CODE, EFFECTS, OTHER_MODES, SECOND_STAGE})
 
 
 class BareMetal:

@@ -47,7 +47,15 @@ from vapama.spec.outcomes import (
     Update,
     W,
 )
-from vapama.spec.subject import EFFECTS, ERROR_CODE, PA, Capabilities, NotCovered, agree
+from vapama.spec.subject import (
+    EFFECTS,
+    ERROR_CODE,
+    OTHER_MODES,
+    PA,
+    Capabilities,
+    NotCovered,
+    agree,
+)
 from vapama.spec.words import WORD, Word
 
 # Bits of a paging-structure entry (SDM Vol. 3A, tables 4-14 to 4-20).
@@ -143,7 +151,7 @@ class Unicorn:
     """Unicorn behind the subject protocol. Raises `ImportError` if it is not installed."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, ERROR_CODE, EFFECTS}), preload=True, narrow=NARROW
+        observes=frozenset({PA, ERROR_CODE, EFFECTS, OTHER_MODES}), preload=True, narrow=NARROW
     )
     start, stub = START, STUB
     """A state to begin with, and where the stub is."""

@@ -17,9 +17,12 @@ from vapama.spec.subject import (
     ERROR_CODE,
     LEVEL,
     LOADS,
+    MASKING,
+    OTHER_MODES,
     PA,
     PDPTES,
     SECOND_STAGE,
+    SHADOW_STACKS,
     UPDATES,
     Capabilities,
 )
@@ -29,7 +32,8 @@ class Reference:
     """The specification itself as a subject: what invariants say of it, they say of the spec."""
 
     capabilities = Capabilities(
-        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, PDPTES, SECOND_STAGE}),
+        observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, PDPTES, SECOND_STAGE})
+        | {OTHER_MODES, MASKING, SHADOW_STACKS},
         symbolic=True,
     )
     translate = staticmethod(translate)

@@ -13,7 +13,7 @@ from vapama.spec.memory import Sparse
 from vapama.spec.nondet import LONG_MODE, Nondet, invariant
 from vapama.spec.outcomes import NonCanonical, Translated, kind
 from vapama.spec.paging import translate
-from vapama.spec.subject import ERROR_CODE, PA, agree, alike
+from vapama.spec.subject import ERROR_CODE, MASKING, PA, agree, alike
 from vapama.spec.words import WORD, Word, bit, low_bits
 
 LAM57, LAM48 = low_bits(63) & ~low_bits(57), low_bits(63) & ~low_bits(48)
@@ -35,6 +35,7 @@ def _metadata(cpu: Cpu, access: Access) -> Word:
 @invariant(
     source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.5 to 4.8",
     reaches=("translated", "page fault", "non-canonical address", "entry outside memory"),
+    needs=(MASKING,),
     twin="lam48-wins-over-lam57",
 )
 def the_walk_of_a_masked_address_equals_the_reference(nondet: Nondet, subject: Any) -> None:
@@ -50,7 +51,7 @@ def the_walk_of_a_masked_address_equals_the_reference(nondet: Nondet, subject: A
 @invariant(
     source="Intel SDM Vol. 1, 3.3.7.1 (linear-address masking)",
     reaches=("translated", "page fault", "non-canonical address"),
-    needs=(PA, ERROR_CODE),
+    needs=(MASKING, PA, ERROR_CODE),
     twin="lam48-masks-too-few-bits",
 )
 def metadata_in_a_masked_address_changes_nothing(nondet: Nondet, subject: Any) -> None:
@@ -69,7 +70,7 @@ def metadata_in_a_masked_address_changes_nothing(nondet: Nondet, subject: Any) -
 @invariant(
     source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.5",
     reaches=("fetch translated",),
-    needs=(PA, ERROR_CODE),
+    needs=(MASKING, PA, ERROR_CODE),
     twin="fetches-are-masked-too",
 )
 def a_fetch_is_never_masked(nondet: Nondet, subject: Any) -> None:
@@ -87,6 +88,7 @@ def a_fetch_is_never_masked(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source="Intel SDM Vol. 1, 3.3.7.1 (canonicality with masking)",
     reaches=("walked", "refused"),
+    needs=(MASKING,),
     twin="the-mask-takes-bit-63-too",
     bound="an empty memory: what is there decides nothing of it",
 )

@@ -55,6 +55,7 @@ from vapama.spec.subject import (
     LEVEL,
     LOADS,
     MANY,
+    OTHER_MODES,
     PA,
     PDPTES,
     UPDATES,
@@ -82,6 +83,7 @@ def _equals_the_reference(nondet: Nondet, subject: Any, states: ControlStates) -
 @invariant(
     source="Intel SDM Vol. 3A, 4.3 and 4.6 to 4.8",
     reaches=LEGACY_KINDS,
+    needs=(OTHER_MODES,),
     twin="the-upper-half-of-a-pair-is-never-read",
 )
 def the_32_bit_walk_equals_the_reference(nondet: Nondet, subject: Any) -> None:
@@ -92,6 +94,7 @@ def the_32_bit_walk_equals_the_reference(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source="Intel SDM Vol. 3A, 4.4 and 4.6 to 4.8",
     reaches=LEGACY_KINDS,
+    needs=(OTHER_MODES,),
     twin="pae-ignores-upper-bits",
 )
 def the_pae_walk_equals_the_reference(nondet: Nondet, subject: Any) -> None:
@@ -102,6 +105,7 @@ def the_pae_walk_equals_the_reference(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source="AMD APM Vol. 2, 5.2.3 and 15.25.10",
     reaches=LEGACY_KINDS,
+    needs=(OTHER_MODES,),
     twin="pdptes-in-memory-have-no-reserved-bits",
 )
 def the_pae_walk_from_memory_equals_the_reference(nondet: Nondet, subject: Any) -> None:
@@ -112,7 +116,7 @@ def the_pae_walk_from_memory_equals_the_reference(nondet: Nondet, subject: Any) 
 @invariant(
     source="Intel SDM Vol. 3A, 4.1.1 (CR0.PG=0) and 3.3",
     reaches=("translated",),
-    needs=(PA,),
+    needs=(OTHER_MODES, PA),
     twin="without-paging-an-address-has-64-bits",
 )
 def without_paging_an_address_is_its_low_32_bits(nondet: Nondet, subject: Any) -> None:
@@ -130,7 +134,7 @@ def without_paging_an_address_is_its_low_32_bits(nondet: Nondet, subject: Any) -
 @invariant(
     source="the batch kernel is the scalar walk, address by address",
     reaches=("translated", "page fault"),
-    needs=(MANY, PA, ERROR_CODE),
+    needs=(OTHER_MODES, MANY, PA, ERROR_CODE),
     twin="the-legacy-batch-shares-its-first-result",
     bound="batches of 2 addresses that differ in bits 22:0; PAE paging, no paging",
 )
@@ -152,7 +156,7 @@ def translate_many_equals_the_walk_in_the_other_modes(nondet: Nondet, subject: A
 @invariant(
     source="Intel SDM Vol. 3A, 3.3 and 4.1.1 (32-bit linear addresses)",
     reaches=("translated", "page fault"),
-    needs=(PA, ERROR_CODE),
+    needs=(OTHER_MODES, PA, ERROR_CODE),
     twin="the-directory-index-has-more-bits",
 )
 def outside_long_mode_addresses_wrap_at_32_bits(nondet: Nondet, subject: Any) -> None:
@@ -168,7 +172,7 @@ def outside_long_mode_addresses_wrap_at_32_bits(nondet: Nondet, subject: Any) ->
 @invariant(
     source="Intel SDM Vol. 3A, figures 4-2 to 4-6",
     reaches=("4-KByte page", "2-MByte page", "4-MByte page"),
-    needs=(PA, LEVEL),
+    needs=(OTHER_MODES, PA, LEVEL),
     twin="a-4-mbyte-page-has-21-bits-of-offset",
 )
 def a_translation_keeps_the_page_offset_in_the_other_modes(nondet: Nondet, subject: Any) -> None:
@@ -187,7 +191,7 @@ def a_translation_keeps_the_page_offset_in_the_other_modes(nondet: Nondet, subje
 @invariant(
     source="Intel SDM Vol. 3A, 4.3 (PSE-36) and table 4-1",
     reaches=("below 4 GBytes", "above 4 GBytes"),
-    needs=(PA, LEVEL),
+    needs=(OTHER_MODES, PA, LEVEL),
     twin="pse-36-ignores-maxphyaddr",
 )
 def a_32_bit_translation_is_within_pse_36(nondet: Nondet, subject: Any) -> None:
@@ -207,7 +211,7 @@ def a_32_bit_translation_is_within_pse_36(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source="Intel SDM Vol. 3A, 4.1.4 and 4.4",
     reaches=("translated",),
-    needs=(PA,),
+    needs=(OTHER_MODES, PA),
     twin="pae-maxphyaddr-is-one-more",
 )
 def a_pae_translation_is_within_maxphyaddr(nondet: Nondet, subject: Any) -> None:
@@ -225,7 +229,7 @@ def a_pae_translation_is_within_maxphyaddr(nondet: Nondet, subject: Any) -> None
 @invariant(
     source="Intel SDM Vol. 3A, 4.3 and 4.4.2",
     reaches=("three loads", "entry outside memory"),
-    needs=(LOADS,),
+    needs=(OTHER_MODES, LOADS),
     twin="a-legacy-walk-reads-a-table-outside",
 )
 def a_walk_of_the_other_modes_stays_within_memory(nondet: Nondet, subject: Any) -> None:
@@ -247,7 +251,7 @@ def a_walk_of_the_other_modes_stays_within_memory(nondet: Nondet, subject: Any) 
 @invariant(
     source="Intel SDM Vol. 3A, 4.7 (RSVD flag)",
     reaches=("reserved bit",),
-    needs=(ERROR_CODE,),
+    needs=(OTHER_MODES, ERROR_CODE),
     twin="a-reserved-bit-of-a-4-mbyte-page-is-missed",
 )
 def a_reserved_bit_faults_in_the_other_modes(nondet: Nondet, subject: Any) -> None:
@@ -266,7 +270,7 @@ def a_reserved_bit_faults_in_the_other_modes(nondet: Nondet, subject: Any) -> No
 @invariant(
     source="Intel SDM Vol. 3A, 4.7",
     reaches=("not present", "page fault"),
-    needs=(ERROR_CODE,),
+    needs=(OTHER_MODES, ERROR_CODE),
     twin="32-bit-paging-reports-fetches-with-nxe",
 )
 def a_page_fault_of_the_other_modes_describes_its_access(nondet: Nondet, subject: Any) -> None:
@@ -294,6 +298,7 @@ def a_page_fault_of_the_other_modes_describes_its_access(nondet: Nondet, subject
 @invariant(
     source="Intel SDM Vol. 3A, 4.6.1",
     reaches=("user", "write", "fetch", "supervisor write with WP=0 to a read-only page"),
+    needs=(OTHER_MODES,),
     twin="a-user-page-of-two-levels-needs-only-its-leaf",
 )
 def rights_hold_in_the_other_modes(nondet: Nondet, subject: Any) -> None:
@@ -334,7 +339,7 @@ def _over_the_path(cpu: Cpu, memory: Memory, access: Access) -> tuple[int, int]:
 @invariant(
     source="Intel SDM Vol. 3A, 4.8; a PDPTE has no flags (table 4-8)",
     reaches=("two entries", "large page"),
-    needs=(UPDATES,),
+    needs=(OTHER_MODES, UPDATES),
     twin="flags-of-odd-entries-go-to-even-ones",
 )
 def a_translation_of_the_other_modes_marks_each_entry_it_used(nondet: Nondet, subject: Any) -> None:
@@ -359,7 +364,7 @@ def a_translation_of_the_other_modes_marks_each_entry_it_used(nondet: Nondet, su
 @invariant(
     source="Intel SDM Vol. 3A, 4.6.2 (keys are of 4-level and 5-level paging) and 4.1.3",
     reaches=("translated", "page fault"),
-    needs=(PA, ERROR_CODE),
+    needs=(OTHER_MODES, PA, ERROR_CODE),
     twin="pke-is-taken-for-smep",
 )
 def outside_long_mode_keys_and_masks_change_nothing(nondet: Nondet, subject: Any) -> None:
@@ -378,7 +383,7 @@ def outside_long_mode_keys_and_masks_change_nothing(nondet: Nondet, subject: Any
 @invariant(
     source="Intel SDM Vol. 3A, 4.4.1 and table 4-8",
     reaches=("loaded", "refused"),
-    needs=(PDPTES,),
+    needs=(OTHER_MODES, PDPTES),
     twin="a-pdpte-may-be-writable",
 )
 def loading_pdptes_equals_the_reference(nondet: Nondet, subject: Any) -> None:
@@ -404,7 +409,7 @@ def loading_pdptes_equals_the_reference(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source="Intel SDM Vol. 3A, 4.4.1",
     reaches=("loaded", "present"),
-    needs=(PDPTES,),
+    needs=(OTHER_MODES, PDPTES),
     twin="only-the-first-pdpte-is-checked",
 )
 def a_loaded_pdpte_has_no_reserved_bit(nondet: Nondet, subject: Any) -> None:
@@ -424,7 +429,7 @@ def a_loaded_pdpte_has_no_reserved_bit(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source="Intel SDM Vol. 3A, 4.4.1; AMD APM Vol. 2, 15.25.10",
     reaches=("translated", "page fault"),
-    needs=(PDPTES, PA, ERROR_CODE),
+    needs=(OTHER_MODES, PDPTES, PA, ERROR_CODE),
     twin="the-pdpte-registers-are-taken-in-reverse",
     bound="reads by the supervisor",
 )

@@ -8,7 +8,7 @@ from vapama.spec.memory import Altered, Memory
 from vapama.spec.nondet import EVERY_PAGING, LONG_MODE, PAE_PAGING, PAGING_32, Nondet, invariant
 from vapama.spec.outcomes import SS, PageFault, Translated, kind
 from vapama.spec.paging import DIRTY, USER, WRITABLE, Step, linear_address, path, translate
-from vapama.spec.subject import ERROR_CODE, PA, agree, alike
+from vapama.spec.subject import ERROR_CODE, PA, SHADOW_STACKS, agree, alike
 from vapama.spec.words import Condition
 
 
@@ -29,6 +29,7 @@ def _is_shadow_stack(steps: list[Step]) -> Condition:
 @invariant(
     source="Intel SDM Vol. 3A, 4.5 to 4.8",
     reaches=("translated", "page fault", "non-canonical address", "entry outside memory"),
+    needs=(SHADOW_STACKS,),
     twin="shadow-stacks-have-no-keys",
 )
 def the_walk_to_a_shadow_stack_equals_the_reference(nondet: Nondet, subject: Any) -> None:
@@ -44,6 +45,7 @@ def the_walk_to_a_shadow_stack_equals_the_reference(nondet: Nondet, subject: Any
 @invariant(
     source="Intel SDM Vol. 3A, 4.6 and 4.6.1 (shadow-stack accesses)",
     reaches=("user shadow stack", "supervisor shadow stack"),
+    needs=(SHADOW_STACKS,),
     twin="any-read-only-page-is-a-shadow-stack",
 )
 def a_shadow_stack_access_reaches_only_shadow_stack_pages(nondet: Nondet, subject: Any) -> None:
@@ -69,6 +71,7 @@ def a_shadow_stack_access_reaches_only_shadow_stack_pages(nondet: Nondet, subjec
 @invariant(
     source="Intel SDM Vol. 3A, 4.6.1 and 2.5 (CR4.CET needs CR0.WP)",
     reaches=("write translated",),
+    needs=(SHADOW_STACKS,),
     twin="dirty-pages-are-writable",
 )
 def an_ordinary_write_never_reaches_a_shadow_stack(nondet: Nondet, subject: Any) -> None:
@@ -85,7 +88,7 @@ def an_ordinary_write_never_reaches_a_shadow_stack(nondet: Nondet, subject: Any)
 @invariant(
     source="Intel SDM Vol. 3A, 4.7 (SS flag)",
     reaches=("to a shadow stack", "ordinary", "without CET"),
-    needs=(ERROR_CODE,),
+    needs=(SHADOW_STACKS, ERROR_CODE),
     twin="ss-is-reported-without-cet",
     bound="addresses that are not masked",
 )
@@ -108,7 +111,7 @@ def a_page_fault_says_whether_a_shadow_stack_was_meant(nondet: Nondet, subject: 
 @invariant(
     source="Intel SDM Vol. 3A, 4.6.1 (SMAP governs other data accesses)",
     reaches=("translated", "page fault"),
-    needs=(PA, ERROR_CODE),
+    needs=(SHADOW_STACKS, PA, ERROR_CODE),
     twin="smap-stops-shadow-stacks",
 )
 def smap_has_no_part_in_shadow_stack_accesses(nondet: Nondet, subject: Any) -> None:
@@ -125,7 +128,7 @@ def smap_has_no_part_in_shadow_stack_accesses(nondet: Nondet, subject: Any) -> N
 @invariant(
     source="Intel SDM Vol. 3A, 4.6.1 and 4.8 (the dirty flag decides nothing else)",
     reaches=("translated", "page fault"),
-    needs=(PA, ERROR_CODE),
+    needs=(SHADOW_STACKS, PA, ERROR_CODE),
     twin="dirty-pages-are-writable",
     bound="addresses that are not masked",
 )

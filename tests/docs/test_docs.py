@@ -314,6 +314,8 @@ def test_a_command_that_is_not_run_exists(command: str) -> None:
     elif program == "vapama":
         name = max((n for n in COMMANDS if arguments[: len(n.split())] == n.split()), key=len)
         COMMANDS[name].make_context(name, arguments[len(name.split()) :])
+    elif program == "python":
+        assert (REPOSITORY / arguments[0]).is_file()
     else:
         assert program in OTHERS
 
