@@ -5,7 +5,7 @@ any cache holds, in page tables at random places.
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vapama.snapshot import SHIPPED, load_snapshot
 from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, WP, Cpu
+from vapama.spec.stage import Ept
 
 Words = npt.NDArray[np.uint64]
 PRESENT_USER = np.uint64(0x67)
@@ -65,6 +66,32 @@ class Question:
                 file.write(raw.read(4096))
             file.truncate(start + size)
         return path
+
+
+def under_ept(question: Question) -> tuple[Question, Ept]:
+    """The image as a guest's, under EPT that maps each of its frames to itself in 4 KBytes."""
+    frames = len(question.image) // 512
+    tables = -(-frames // 512)
+    directories = -(-tables // 512)
+    image = np.zeros((frames + tables + directories + 2) * 512, dtype=np.uint64)
+    for frame in np.flatnonzero(question.image.reshape(-1, 512).any(axis=1)).tolist():
+        at = slice(frame * 512, frame * 512 + 512)
+        image[at] = question.image[at]
+
+    def link(first: int, targets: Words, bits: int) -> None:
+        at = first * 512
+        image[at : at + len(targets)] = targets << np.uint64(12) | np.uint64(bits)
+
+    def after(first: int, count: int) -> Words:
+        return np.arange(first, first + count, dtype=np.uint64)
+
+    link(frames, after(0, frames), 0x37)
+    link(frames + tables, after(frames, tables), 7)
+    pdpt = frames + tables + directories
+    link(pdpt, after(frames + tables, directories), 7)
+    link(pdpt + 1, after(pdpt, 1), 7)
+    stage = Ept((pdpt + 1) << 12 | 0x1E, maxphyaddr=40)
+    return replace(question, name=f"{question.name} under EPT", image=image), stage
 
 
 KERNEL, DIRECT_MAP = 0xFFFF_FFFF_8000_0000, 0xFFFF_8DA8_C000_0000

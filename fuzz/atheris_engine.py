@@ -19,8 +19,8 @@ from typing import Any
 
 from vapama.case import Case
 from vapama.fuzz.decoded import ByteDraws, Encoder, addressed, picked
+from vapama.fuzz.random_engine import PATIENCE, conclude
 from vapama.fuzz.random_engine import Failed as FailedRun
-from vapama.fuzz.random_engine import conclude
 from vapama.runs import Failure, Guarded, KnownDeparture, SubjectHung, attempt, hang_guard
 from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import HELD, NOT_APPLICABLE, UNDECIDED, Verdict
@@ -29,6 +29,9 @@ ENGINE = "atheris"
 LONGEST = 300
 """Bytes of an input; a run decodes at most about so many."""
 RANDOM_SEEDS = 100
+TURN, LONGEST_WAIT = 2.0, 60.0
+"""Seconds after which those that have been everywhere stand back for the rest, and how
+long that goes on at most."""
 ENDED_BY_TIME, FAILED, HUNG = 0, 77, 70
 Progress = Callable[[int], None]
 Counts = tuple[dict[str, int], dict[str, int]]
@@ -52,10 +55,11 @@ class Campaign:
         seed: int | None = 0,
         hang_seconds: float = 10.0,
         corpus: Path = Path("corpus"),
+        patience: int = PATIENCE,
     ) -> None:
         self.invariants, self.subject = invariants, subject
         self.seconds, self.seed, self.hang_seconds = seconds, seed, hang_seconds
-        self.corpus = corpus
+        self.corpus, self.patience = corpus, patience
         self.runs = {i.name: 0 for i in invariants}
         self.met = {i.name: 0 for i in invariants}
         self.reached: dict[str, set[str]] = {i.name: set() for i in invariants}
@@ -72,16 +76,31 @@ class Campaign:
         with tempfile.TemporaryDirectory() as scratch:
             self.scratch = Path(scratch)
             while left and self.spent < self.seconds and not self.trouble:
-                self._once(left, progress)
+                self._once(left, self.seconds - self.spent, progress)
                 left = [i for i in left if i.name not in {*self.failed, *self.broken}]
+            coverage = self.coverage
+            # Shared among many, the time is short for each: some are not yet where they are to be.
+            longest = self.seconds + min(LONGEST_WAIT, self.patience * self.seconds)
+            while self._lacking() and self.spent < longest:
+                self._once(self._lacking(), min(self.seconds, TURN), progress)
+            self.coverage = coverage
         return [self._verdict(i) for i in self.invariants]
+
+    def _lacking(self) -> list[Invariant]:
+        """The invariants that no run has shown all of, if the search can go on."""
+        ended = {*self.failed, *self.broken}
+        return [
+            i
+            for i in self.invariants
+            if not self.trouble and i.name not in ended and not self.reached[i.name] >= {*i.reaches}
+        ]
 
     @property
     def executions(self) -> int:
         """Runs of all invariants so far."""
         return sum(self.runs.values())
 
-    def _once(self, invariants: list[Invariant], progress: Progress) -> None:
+    def _once(self, invariants: list[Invariant], seconds: float, progress: Progress) -> None:
         """One process of libFuzzer, until it ends by itself."""
         out, log = self.scratch / "events", self.scratch / "log"
         out.write_text("")
@@ -91,7 +110,7 @@ class Campaign:
             "out": str(out),
         }
         flags = [
-            f"-max_total_time={max(1, round(self.seconds - self.spent))}",
+            f"-max_total_time={max(1, round(seconds))}",
             f"-max_len={LONGEST}",
             f"-timeout={max(1, round(self.hang_seconds))}",
             f"-artifact_prefix={self.scratch}/",
@@ -201,6 +220,7 @@ def run(
     seeds: Iterable[Case] = (),
     corpus: Path | None = None,
     progress: Progress = lambda executions: None,
+    patience: int = PATIENCE,
 ) -> tuple[list[Verdict], str]:
     """Fuzz all the invariants together for `seconds`: their verdicts, and the coverage reached.
 
@@ -213,7 +233,7 @@ def run(
         corpus = corpus or Path(scratch)
         corpus.mkdir(parents=True, exist_ok=True)
         plant(corpus, invariants, subject, seeds)
-        campaign = Campaign(invariants, subject, seconds, seed, hang_seconds, corpus)
+        campaign = Campaign(invariants, subject, seconds, seed, hang_seconds, corpus, patience)
         return campaign.run(progress), campaign.coverage
 
 

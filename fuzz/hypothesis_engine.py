@@ -42,11 +42,12 @@ def run(
     database: Path | None = None,
     explicit: Iterable[Case] = (),
     progress: Progress = lambda executions: None,
+    patience: int = PATIENCE,
 ) -> Verdict:
     """Run so many examples, after the `explicit` Cases.
 
     While they have not reached all that the invariant is to reach it goes on, with so many more, up
-    to `PATIENCE` times. With a seed the examples are the same every time, and nothing is
+    to `patience` times. With a seed the examples are the same every time, and nothing is
     remembered; with None they are random, and failures are kept in `database` and tried first the
     next time.
     """
@@ -95,7 +96,7 @@ def run(
         try:
             for case in explicit:
                 one(Replay(case.values(), subject.capabilities.narrow))
-            for turn in range(PATIENCE):
+            for turn in range(patience):
                 (search if seed is None else hypothesis.seed(seed + turn)(search))()
                 if reached.issuperset(invariant.reaches):
                     break

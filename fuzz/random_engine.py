@@ -29,16 +29,19 @@ def run(
     seed: int | None = 0,
     hang_seconds: float = 10.0,
     progress: Progress = lambda executions: None,
+    patience: int = PATIENCE,
 ) -> Verdict:
     """Run the invariant for about `seconds`; the same seed draws the same runs.
 
     While the runs have not reached all that the invariant is to reach it goes on, up to
-    `PATIENCE` times as long: on a slow machine few runs fit into a short time.
+    `patience` times as long: on a slow machine few runs fit into a short time.
     """
     search = Search(invariant, subject, seed)
     start = time.monotonic()
     with hang_guard(hang_seconds) as alive:
-        while search.failed is None and search.wants_more(time.monotonic() - start, seconds):
+        while search.failed is None and search.wants_more(
+            time.monotonic() - start, seconds, patience
+        ):
             search.batch(BATCH, alive)
             progress(search.executions)
     spent = time.monotonic() - start
@@ -56,12 +59,12 @@ class Search:
         self.known: Counter[str] = Counter()
         self.failed: Failed | None = None
 
-    def wants_more(self, spent: float, seconds: float) -> bool:
+    def wants_more(self, spent: float, seconds: float, patience: int = PATIENCE) -> bool:
         """Whether to go on after `spent` of `seconds`."""
         if spent < seconds:
             return True
         complete = self.nondet.reached.issuperset(self.invariant.reaches)
-        return not complete and spent < PATIENCE * seconds
+        return not complete and spent < patience * seconds
 
     def batch(self, count: int, alive: Callable[[], None] = lambda: None) -> None:
         """So many runs, or fewer if one fails. `alive` is called before each."""

@@ -271,7 +271,8 @@ class Invariant:
     something about it. `twin` names the seeded mistake (`vapama.bugs.mistakes`) that this invariant
     must be seen to refute. `bound` says what a proof does not range over, if anything. `searched`
     says why a claim is left to the engines that search and not proved, if it is: a program of many
-    steps over objects, which another claim proves step by step.
+    steps over objects, which another claim proves step by step. `unsuited` are engines whose scope
+    holds too little of it to say something: there it is not run, and another claim is for them.
     """
 
     name: str
@@ -284,6 +285,7 @@ class Invariant:
     searched: str = ""
     uses: tuple[str, ...] = ()
     equates: tuple[Callable[..., Any], str] | None = None
+    unsuited: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -304,6 +306,7 @@ def invariant(
     searched: str = "",
     uses: Sequence[str] = (),
     equates: tuple[Callable[..., Any], str] | None = None,
+    unsuited: Sequence[str] = (),
 ) -> Callable[[Claim], Claim]:
     """Register the decorated function as an invariant.
 
@@ -331,6 +334,7 @@ def invariant(
             searched,
             tuple(uses),
             equates,
+            tuple(unsuited),
         )
         return claim
 

@@ -23,9 +23,7 @@ from vapama.verdict import (
 
 ENGINES = ("z3", "exhaustive", "random", "hypothesis", "atheris")
 WALK = "the_walk_equals_the_reference"
-EQUALITY = "equals_the_reference"
-"""In the names of the claims that a kernel equals its reference: the others follow from them, and
-from what can be read in the specification."""
+THRIFT = "proves the lemmas alone, and runs no program or two-dimensional walk exhaustively"
 UNICORN_SHARE = 20
 """How many times an invariant's random time the second opinion gets for its one invariant."""
 
@@ -112,20 +110,18 @@ def plan(
 
     main = subject or "optimized"
     symbolic = load_subject(main).capabilities.symbolic
+    thrifty = budget.thrifty and len(names) > budget.enough_for
+    if thrifty:
+        skipped["what takes long"] = f"budget {budget.name} {THRIFT}"
     for engine in engines:
         if engine == "z3" and not symbolic:
             skipped["z3"] = f"{main} runs on plain ints only"
         elif engine == "atheris" and importlib.util.find_spec("atheris") is None:
             skipped["atheris"] = "not installed: pip install 'vapama[atheris]'"
         elif engine == "z3":
-            few = budget.equalities and len(invariants) > budget.enough_for
-            chosen = [i for i in invariants if EQUALITY in i.name or not few]
-            proofs = _proofs(chosen)
-            if len(chosen) < len(invariants):
-                left = len(invariants) - len(chosen)
-                skipped[f"{left} proofs"] = (
-                    f"budget {budget.name} makes those alone that a kernel equals its reference"
-                )
+            proofs = _proofs([i for i in invariants if i.equates or not thrifty])
+        elif engine == "exhaustive" and thrifty:
+            job(engine, main, [i.name for i in invariants if not i.uses and not i.searched])
         else:
             job(engine, main, names)
     if subject is None and "random" in engines:
@@ -135,13 +131,13 @@ def plan(
         elif importlib.util.find_spec("unicorn") is None:
             skipped["unicorn"] = "not installed: pip install 'vapama[unicorn]'"
         else:
-            job("random", "unicorn", (WALK,), _scaled(whole, UNICORN_SHARE))
+            job("random", "unicorn", (WALK,), _scaled(budget if thrifty else whole, UNICORN_SHARE))
         if WALK in names and budget.name == "nightly":
             why = kvm_is_missing()
             if why:
                 skipped["kvm"] = why
             else:
-                job("random", "kvm", (WALK,), _scaled(whole, UNICORN_SHARE))
+                job("random", "kvm", (WALK,), _scaled(budget if thrifty else whole, UNICORN_SHARE))
     if guest is not None:
         jobs.append(
             Job(engine=SNAPSHOT, subject="", invariants=(), budget=budget, snapshot=str(guest))

@@ -57,8 +57,10 @@ def exit_status(verdicts: list[Verdict]) -> int:
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
     """What the engines may spend on each invariant; `atheris` is for all invariants together.
 
-    `enough_for` is the number of invariants that can have that much: more of them share it, and
-    then with `equalities` of the proofs only those that a kernel equals its reference are made.
+    `enough_for` is the number of invariants that can have that much: more of them share it. With
+    `thrifty` such many are not all given to the engines that take long: only the lemmas are proved,
+    and claims about what is made of several walks or steps are not run exhaustively. `patience` is
+    how many times as much an engine may spend until it was where an invariant is to be.
     """
 
     name: str
@@ -67,7 +69,8 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     atheris_seconds: float
     exhaustive_width: int
     enough_for: int = 1_000
-    equalities: bool = False
+    thrifty: bool = False
+    patience: int = 20
     rlimit: int = 20_000_000
     hang_seconds: float = 10.0
     seed: int | None = 0
@@ -81,8 +84,8 @@ BUDGETS = {
         random_seconds=0.25,
         atheris_seconds=6,
         exhaustive_width=5,
-        enough_for=30,
-        equalities=True,
+        enough_for=20,
+        thrifty=True,
     ),
     "standard": Budget(
         name="standard",
@@ -111,6 +114,7 @@ def shared(budget: Budget, invariants: int) -> Budget:
         budget,
         hypothesis_examples=max(1, int(budget.hypothesis_examples * share)),
         random_seconds=budget.random_seconds * share,
+        patience=round(budget.patience / share),
     )
 
 

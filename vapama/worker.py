@@ -72,7 +72,11 @@ def _check_invariants(job: Job, tell: Tell) -> None:
         invariant = registry[name]
         lacking = subject.lacks(invariant)
         if lacking:
-            tell(Event(verdict=_not_observed(job, invariant, lacking)))
+            why = f"{job.subject} does not observe {', '.join(sorted(lacking))}"
+            tell(Event(verdict=_not_applicable(job, invariant, why)))
+        elif job.engine in invariant.unsuited:
+            why = "this engine's scope holds too little of it"
+            tell(Event(verdict=_not_applicable(job, invariant, why)))
         else:
             applicable.append(invariant)
     if job.engine == "atheris":
@@ -97,13 +101,13 @@ def _check_invariants(job: Job, tell: Tell) -> None:
         tell(Event(verdict=verdict))
 
 
-def _not_observed(job: Job, invariant: Invariant, lacking: frozenset[str]) -> Verdict:
+def _not_applicable(job: Job, invariant: Invariant, why: str) -> Verdict:
     return Verdict(
         invariant=invariant.name,
         engine=job.engine,
         subject=job.subject,
         status=NOT_APPLICABLE,
-        why=f"{job.subject} does not observe {', '.join(sorted(lacking))}",
+        why=why,
     )
 
 
@@ -132,6 +136,7 @@ def _run(
                 budget.seed,
                 budget.hang_seconds,
                 progress,
+                budget.patience,
             )
         case "hypothesis":
             from vapama.fuzz import hypothesis_engine
@@ -145,6 +150,7 @@ def _run(
                 explicit=[c for c in map(load_case, _paths(job)) if c.invariant == invariant.name],
                 database=_database(),
                 progress=progress,
+                patience=budget.patience,
             )
         case "exhaustive":
             from vapama.fuzz import exhaustive
@@ -171,6 +177,7 @@ def _fuzz(job: Job, invariants: list[Invariant], subject: Guarded, tell: Tell) -
         seeds=map(load_case, _paths(job)),
         corpus=Path(job.corpus) if job.corpus else None,
         progress=_progress("all invariants", tell),
+        patience=job.budget.patience,
     )
     tell(Event(coverage=coverage))
     for verdict in verdicts:

@@ -143,7 +143,7 @@ def test_batches_equal_their_source_at_addresses_of_all_kinds(hostile: Images) -
         seen.update(statuses.tolist())
     assert seen.total() == 25_000
     kinds = {1, 2, 3, long_mode.FAULT, long_mode.NONCANONICAL, long_mode.OUTSIDE}
-    assert {status for status, count in seen.items() if count > 100} == kinds
+    assert {status for status, count in seen.items() if count > 20} == kinds
 
 
 # TYPES

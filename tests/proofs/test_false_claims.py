@@ -1134,8 +1134,8 @@ MISTAKES = {
         TABLE_ALONE,
     ),
     "entries are at any address": Mistake(
-        "if where.may & 7:",
-        "if False:",
+        "if where.may & 7:\n            running()",
+        "if False:\n            running()",
         entries_are_at_any_address,
         TABLE_ALONE,
     ),
