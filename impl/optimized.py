@@ -384,6 +384,17 @@ class Compiled:
         for stage in (Ept(0x1E), Npt(0)):
             self.second_stage(stage, Sparse({0: 0}, 4096), GuestPhysicalAccess(0))
             self.second_stage_many(stage, Sparse({0: 0}, 4096), [0], GuestPhysicalAccess(0))
+        self._compile_tlb()
+
+    def _compile_tlb(self) -> None:
+        cpu = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=LME | LMA)
+        cached = self.tlb(cpu, Sparse({0: 0}, 4096))
+        cached.translate(Access(0))
+        cached.change(cpu)
+        cached.invlpg(0)
+        for kind in range(4):
+            cached.invpcid(kind)
+            cached.invvpid(kind)
 
     def translate(self, cpu: Cpu, memory: Sparse, access: Access) -> Outcome:
         """The outcome of the compiled walk, with the flags that it set in memory."""

@@ -38,14 +38,20 @@ from vapama.spec.words import Condition, Word, bit, ite, low_bits
 
 PAGES_40 = Domain(
     free=low_bits(51) & ~0xFFF,
-    bias=lambda raw: (raw >> 8 & 0x3F) << 18 | (raw >> 16 & 3) << 12 & ite(raw & 3 == 0, 0xF000, 0),
+    bias=lambda raw: (
+        (raw >> 8 & 0x3F) << (27 if raw & 0x10 else 18)
+        | (raw >> 16 & 3) << 12 & (0xF000 if raw & 3 == 0 else 0)
+    ),
     scope=(0x200000, 0, 0x201000, 0x40000000),
 )
 """An address in pages of 4 KBytes, mostly near large boundaries."""
 INSIDE = Domain(
-    free=low_bits(51), bias=lambda raw: raw >> 8 & low_bits(25), scope=(0x200123, 0, 0x3FF000)
+    free=low_bits(51),
+    bias=lambda raw: raw >> 8 & low_bits(32 if raw & 0x10 else 25),
+    scope=(0x200123, 0, 0x3FF000),
 )
 LEVEL = Domain(among=(1, 2, 3))
+SLOT = (("gpa", PAGES_40), ("size", PAGES_40), ("hva", PAGES_40))
 
 
 @invariant(
@@ -59,7 +65,7 @@ def a_slot_is_mapped_as_large_as_everybody_allows(nondet: Nondet, subject: Any) 
     guest-physical and host-virtual offsets agree, and host, guest, tracking and mitigation allow.
     """
     k = subject.large_pages()
-    slot = Slot(*nondet.words((("gpa", PAGES_40), ("size", PAGES_40), ("hva", PAGES_40))))
+    slot = Slot(*nondet.words(SLOT))
     gpa = slot.gpa + nondet.word("offset", INSIDE)
     nondet.assume(gpa < slot.gpa + slot.size)
     host, guest = nondet.word("host", LEVEL), nondet.word("guest", LEVEL)
@@ -98,7 +104,7 @@ def a_slot_is_mapped_as_large_as_everybody_allows(nondet: Nondet, subject: Any) 
 def a_4m_page_is_two_of_2m(nondet: Nondet, subject: Any) -> None:
     """A guest's 4-MByte page maps as two of 2 MBytes that follow each other, PSE-36 included."""
     k = subject.large_pages()
-    pde, address = nondet.words((("pde", PDE), ("address", ADDRESS_32)))
+    pde, address = nondet.words(SPLIT)
     halves = frames_of_4m(pde)
     upper = bit(address, 21)
     nondet.reach("upper half" if upper == 1 else "lower half")
@@ -111,6 +117,7 @@ def a_4m_page_is_two_of_2m(nondet: Nondet, subject: Any) -> None:
 
 PDE = Domain(free=low_bits(32), scope=(0x400087, 0x12E87))
 ADDRESS_32 = Domain(free=low_bits(32), scope=(0x123456, 0x3FF123))
+SPLIT = (("pde", PDE), ("address", ADDRESS_32))
 
 
 # Split and collapse

@@ -409,6 +409,9 @@ PAGE_WORD = Domain(
     scope=(0x1003, 0, 0x2001),
 )
 CONTENT = Domain(bias=lambda raw: raw >> 8 & 1, scope=(0, 1))
+DRAWN_PAGES = (("page", INDEX), ("other", OTHER), ("seen", ANY_PAGE), ("witness", ANY_PAGE))
+DRAWN_WORDS = (("word", PAGE_WORD), ("its", PAGE_WORD), ("fresh", FRESH))
+FRAMES_HOLD = (("old", CONTENT), ("new", CONTENT))
 KINDS = ("store", "fork", "merge", "unmerge", "discard", "device stores")
 
 
@@ -447,14 +450,12 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     pages are apart is assumed of these four only, and then shown of `seen` and `witness`.
     """
     k = subject.sharing()
-    page, other, seen, witness = nondet.words(
-        (("page", INDEX), ("other", OTHER), ("seen", ANY_PAGE), ("witness", ANY_PAGE))
-    )
+    page, other, seen, witness = nondet.words(DRAWN_PAGES)
     nondet.assume(page != other)
-    word, its, fresh = nondet.words((("word", PAGE_WORD), ("its", PAGE_WORD), ("fresh", FRESH)))
+    word, its, fresh = nondet.words(DRAWN_WORDS)
     given = [(page << 3, word), (other << 3, its)]
     table = Changed(nondet, nondet.memory("table", given))
-    old, new = nondet.words((("old", CONTENT), ("new", CONTENT)))
+    old, new = nondet.words(FRAMES_HOLD)
     here = [(k.frame_of(word) << 3, old), (k.frame_of(its) << 3, new)]
     nondet.assume(k.frame_of(word) != k.frame_of(its))
     contents = Changed(nondet, nondet.memory("contents", here))

@@ -602,6 +602,7 @@ OPERATIONS = (
 )
 ADDRESS = ("operand", replace(_near(low_bits(64)), scope=(0, 1 << 12, 1 << 21)))
 OTHER_PCID, OTHER_VPID = ("pcid", _near(PCID)), ("other vpid", _near(VPID))
+ONE_OF_PCID, ONE_OF_VPID = (ADDRESS, OTHER_PCID), (ADDRESS, OTHER_VPID)
 NEW_CR3 = ("new cr3", replace(_near(low_bits(52) | KEEP), scope=(0, 1, KEEP)))
 TOGGLED = replace(_near(PGE | PCIDE | SMEP | SMAP | PKE), scope=(0, PGE, PCIDE, SMEP))
 
@@ -620,11 +621,11 @@ def _operate(nondet: Nondet, start: Start, both: Sequence[Any]) -> None:
             for it in both:
                 it.invlpg(address)
         case ["INVPCID", kind]:
-            address, pcid = nondet.words((ADDRESS, OTHER_PCID))
+            address, pcid = nondet.words(ONE_OF_PCID)
             for it in both:
                 it.invpcid(int(kind), (cached.pcid ^ pcid) * pcids, cached.address ^ address)
         case ["INVVPID", kind]:
-            address, vpid = nondet.words((ADDRESS, OTHER_VPID))
+            address, vpid = nondet.words(ONE_OF_VPID)
             for it in both:
                 it.invvpid(int(kind), cached.vpid ^ vpid, cached.address ^ address)
         case ["MOV", "CR3"]:
