@@ -292,6 +292,11 @@ class Invariant:
         """The name as a sentence."""
         return self.name.replace("_", " ")
 
+    @property
+    def is_composed(self) -> bool:
+        """Whether it is about what is made of several walks or steps: it has much to range over."""
+        return bool(self.uses or self.searched)
+
 
 REGISTRY: dict[str, Invariant] = {}
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from vapama.case import BadInput
 from vapama.jobs import SNAPSHOT, Agreed, Event, Job, run_jobs
 from vapama.proofs.ledger import Circular, settle, with_lemmas
@@ -23,6 +25,8 @@ from vapama.verdict import (
 
 ENGINES = ("z3", "exhaustive", "random", "hypothesis", "atheris")
 WALK = "the_walk_equals_the_reference"
+NARROWER = 2
+"""How much narrower the exhaustive scope of a composed claim is than that of others."""
 THRIFT = "proves the lemmas alone, and runs no program or two-dimensional walk exhaustively"
 UNICORN_SHARE = 20
 """How many times an invariant's random time the second opinion gets for its one invariant."""
@@ -93,13 +97,13 @@ def plan(
 
     With a subject, every engine that can runs on it. Without, the optimized kernels are checked by
     every engine, their compiled form and the second opinions at random, and the guest's tables.
-    Proofs come last, each a job of its own, to fill the processors evenly; with them the lemmas
-    that they rest on. Raises `BadInput`.
+    With proofs come the lemmas that they rest on. Raises `BadInput`.
     """
     names = tuple(i.name for i in invariants)
     whole, budget = budget, shared(budget, len(names))
     jobs: list[Job] = []
     proofs: list[str] = []
+    scopes: list[Invariant] = []
     skipped: dict[str, str] = {}
 
     def job(engine: str, of: str, names: Sequence[str], budget: Budget = budget) -> None:
@@ -120,8 +124,8 @@ def plan(
             skipped["atheris"] = "not installed: pip install 'vapama[atheris]'"
         elif engine == "z3":
             proofs = _proofs([i for i in invariants if i.equates or not thrifty])
-        elif engine == "exhaustive" and thrifty:
-            job(engine, main, [i.name for i in invariants if not i.uses and not i.searched])
+        elif engine == "exhaustive":
+            scopes = [i for i in invariants if not (thrifty and i.is_composed)]
         else:
             job(engine, main, names)
     if subject is None and "random" in engines:
@@ -142,8 +146,13 @@ def plan(
         jobs.append(
             Job(engine=SNAPSHOT, subject="", invariants=(), budget=budget, snapshot=str(guest))
         )
+    # What takes long comes last, each a job of its own, to fill the processors evenly.
     for name in proofs:
         job("z3", main, (name,))
+    width = budget.exhaustive_width - NARROWER * (len(names) > budget.enough_for)
+    narrow = replace(budget, exhaustive_width=width)
+    for invariant in scopes:
+        job("exhaustive", main, (invariant.name,), narrow if invariant.is_composed else budget)
     return jobs, skipped
 
 
@@ -166,9 +175,7 @@ def _proofs(invariants: list[Invariant]) -> list[str]:
 
 
 def _scaled(budget: Budget, factor: float) -> Budget:
-    import msgspec
-
-    return msgspec.structs.replace(budget, random_seconds=budget.random_seconds * factor)
+    return replace(budget, random_seconds=budget.random_seconds * factor)
 
 
 def check(

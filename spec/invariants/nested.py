@@ -260,6 +260,7 @@ def under_ept_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
     needs=(NESTED, SECOND_STAGE, PA, ERROR_CODE),
     twin="nested-root-is-not-translated",
     searched="it follows from the walk's equality with the reference, which is proved",
+    unsuited=("exhaustive",),
 )
 def under_npt_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
     """The same under nested paging: so a guest cannot tell one from the other."""
