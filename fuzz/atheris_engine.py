@@ -26,8 +26,8 @@ from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import HELD, NOT_APPLICABLE, UNDECIDED, Verdict
 
 ENGINE = "atheris"
-LONGEST = 300
-"""Bytes of an input; a run decodes at most about so many."""
+LONGEST, LONGEST_COMPOSED = 300, 1200
+"""Bytes of an input; a run decodes at most about so many, one about several walks more."""
 RANDOM_SEEDS = 100
 TURN, LONGEST_WAIT = 2.0, 60.0
 """Seconds after which those that have been everywhere stand back for the rest, and how
@@ -80,8 +80,8 @@ class Campaign:
                 left = [i for i in left if i.name not in {*self.failed, *self.broken}]
             coverage = self.coverage
             # Shared among many, the time is short for each: some are not yet where they are to be.
-            longest = self.seconds + min(LONGEST_WAIT, self.patience * self.seconds)
-            while self._lacking() and self.spent < longest:
+            most = self.seconds + min(LONGEST_WAIT, self.patience * self.seconds)
+            while self._lacking() and self.spent < most:
                 self._once(self._lacking(), min(self.seconds, TURN), progress)
             self.coverage = coverage
         return [self._verdict(i) for i in self.invariants]
@@ -111,7 +111,7 @@ class Campaign:
         }
         flags = [
             f"-max_total_time={max(1, round(seconds))}",
-            f"-max_len={LONGEST}",
+            f"-max_len={longest(invariants)}",
             f"-timeout={max(1, round(self.hang_seconds))}",
             f"-artifact_prefix={self.scratch}/",
             "-print_final_stats=1",
@@ -247,6 +247,11 @@ def _not_run(invariant: Invariant, subject: Guarded, reason: str) -> Verdict:
     )
 
 
+def longest(invariants: Iterable[Invariant]) -> int:
+    """How many bytes an input for these may have."""
+    return LONGEST_COMPOSED if any(i.is_composed for i in invariants) else LONGEST
+
+
 def plant(
     corpus: Path, invariants: list[Invariant], subject: Guarded, seeds: Iterable[Case]
 ) -> None:
@@ -257,7 +262,7 @@ def plant(
     if not any(corpus.iterdir()):
         random = Random(0)
         for number in range(RANDOM_SEEDS):
-            (corpus / f"random-{number}").write_bytes(random.randbytes(LONGEST))
+            (corpus / f"random-{number}").write_bytes(random.randbytes(longest(invariants)))
     names = [invariant.name for invariant in invariants]
     for number, case in enumerate(seeds):
         if case.invariant in names:

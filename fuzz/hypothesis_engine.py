@@ -19,9 +19,10 @@ from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import HELD, Verdict
 
 ENGINE = "hypothesis"
-EXAMPLE = st.binary(min_size=256, max_size=256)
+EXAMPLE, LONG_EXAMPLE = (st.binary(min_size=size, max_size=size) for size in (256, 1024))
 """One draw for a whole run, decoded like a fuzzer's input: Hypothesis' cost is per draw, and bytes
-found more of the seeded mistakes in fewer examples than a draw for each value did."""
+found more of the seeded mistakes in fewer examples than a draw for each value did. Claims about
+several walks draw more."""
 Progress = Callable[[int], None]
 
 
@@ -86,7 +87,7 @@ def run(
         suppress_health_check=list(HealthCheck),
         phases=(Phase.reuse, Phase.generate, Phase.target, Phase.shrink),
     )
-    @given(EXAMPLE)
+    @given(LONG_EXAMPLE if invariant.is_composed else EXAMPLE)
     def search(example: bytes) -> None:
         one(ByteDraws(example, subject.capabilities.narrow))
         if count & 63 == 0:
