@@ -70,7 +70,7 @@ def replay_everywhere(path: Path, subject_name: str | None = None) -> dict[str, 
         "atheris": _from_bytes(invariant, case, subject),
         "exhaustive": _concrete(invariant, Scripted(case.values(), narrow), subject),
     }
-    if subject.capabilities.symbolic:
+    if subject.capabilities.symbolic and not invariant.searched:
         answers["z3"] = _symbolic(invariant, subject, case)
     return answers
 
