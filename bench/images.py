@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from vapama.snapshot import SHIPPED, load_snapshot
+from vapama.snapshot.truth import SHIPPED, load_snapshot
 from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, WP, Cpu
 from vapama.spec.stage import Ept
 
