@@ -29,6 +29,9 @@ NAME` proves it of the optimized walk.
   applicable. One that needs nothing compares kinds of outcome, and what else is observed.
 - *twin*: the seeded mistake (`vapama list --mistakes`) that the claim must be seen to refute.
 - *bound*: what a proof does not range over. Without one it is for all inputs.
+- *rests on*: the lemmas that a proof uses; it counts only if they are proved too.
+- *searched*: why the claim is searched only, and not proved. Without it there is a proof.
+- *not run by*: engines whose scope holds too little of it to say something.
 """
 
 
@@ -94,6 +97,9 @@ def _entry(invariant: Invariant) -> str:
         "needs": ", ".join(sorted(invariant.needs)),
         "twin": f"`{invariant.twin}`" if invariant.twin else "",
         "bound": invariant.bound,
+        "rests on": ", ".join(f"`{name}`" for name in invariant.uses),
+        "searched": invariant.searched,
+        "not run by": ", ".join(invariant.unsuited),
     }
     listed = "".join(f"- {name}: {value}\n" for name, value in rows.items() if value)
     return f"### {invariant.name}\n\n{claim}\n\n{listed}"
