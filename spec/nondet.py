@@ -270,9 +270,9 @@ class Invariant:
     them is vacuous and does not count. `needs` is what a subject must observe for the claim to say
     something about it. `twin` names the seeded mistake (`vapama.bugs.mistakes`) that this invariant
     must be seen to refute. `bound` says what a proof does not range over, if anything. `searched`
-    says why a claim is left to the engines that search and not proved, if it is: a program of many
-    steps over objects, which another claim proves step by step. `unsuited` are engines whose scope
-    holds too little of it to say something: there it is not run, and another claim is for them.
+    says why a claim is left to the engines that search and not proved, if it is, such as a program
+    of many steps over objects. `unsuited` are engines whose scope holds too little of it to say
+    something: there it is not run, and another claim is for them.
     """
 
     name: str
