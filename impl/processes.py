@@ -283,8 +283,16 @@ class Processes:
         self.migrations[frame] = kept
 
     def end_migration(self, frame: int) -> None:
-        """Copy the frame to a new one and map that in its place."""
+        """Copy the frame to a new one and map that in its place.
+
+        Unless KSM let a page join the frame meanwhile: then it stays where it is, as its count of
+        users tells (Linux: mm/migrate.c, folio_migrate_mapping).
+        """
         entries = self.migrations.pop(frame)
+        if self.mapped[frame] != len(entries):
+            for process, page, word in entries:
+                process.table[page] = word
+            return
         copy = self.copy_of(frame)
         for process, page, word in entries:
             self.users[frame].discard((process, page))
