@@ -12,8 +12,8 @@ from typing import Any
 from vapama.impl.hardware import Frames, Ram
 from vapama.impl.host import Backing
 from vapama.spec.cpu import Cpu
-from vapama.spec.outcomes import NonCanonical, OutsideMemory, PageFault
-from vapama.spec.steps import GuestPlan, Plan, Seen, Slot
+from vapama.spec.outcomes import NonCanonical, OutsideMemory
+from vapama.spec.steps import Faulted, GuestPlan, Plan, Seen, Slot
 
 FLUSH, SYNC, RELOAD = 1, 2, 4
 """What a virtual processor must do before it enters the guest again: drop all that its core has
@@ -196,10 +196,10 @@ class Guest:
         return dirty
 
 
-def reflected(status: int, value: int) -> Seen:
-    """A guest's own fault, as its walk's kernel tells it."""
+def reflected(status: int, value: int, address: int) -> Seen:
+    """A guest's own fault for an address, as its walk's kernel tells it."""
     if status == 8:
-        return PageFault(value)
+        return Faulted(value, address)
     if status == 9:
         return NonCanonical()
     return OutsideMemory(value)

@@ -305,7 +305,7 @@ class ShadowMmu(Mmu):
         None for one to be made again. Raises `NotRam`.
         """
         if status == long_mode.NONCANONICAL:
-            return reflected(status, code)
+            return reflected(status, code, address)
         assert status == long_mode.FAULT, "a shadow table leads outside of memory"
         if code & 8 and self._is_device(vcpu, address, word):
             return EMULATE
@@ -314,7 +314,7 @@ class ShadowMmu(Mmu):
         level, gpa = self.walk(vcpu, address, word)
         if level > 3:
             self.invlpg(vcpu, address)  # a page fault drops what is cached of its address
-            return reflected(level, gpa)
+            return reflected(level, gpa, address)
         rights = self._rights(vcpu, level)
         leaf_rights = rights[level]
         write = word & 2

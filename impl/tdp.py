@@ -154,7 +154,7 @@ class TwoDimensional(Mmu):
         """
         core = vcpu.core
         if status != TwoStageCore.LEAVES:
-            return reflected(status, value)
+            return reflected(status, value, address)
         gpa, access, guest = core.gpa, core.stage_access, self.guest
         gfn, of_table = gpa >> 12, access & TABLE
         slot = guest.slot_of(gfn)

@@ -207,7 +207,7 @@ class Vmm:
                 status, gpa = guest.mmu.walk(vcpu, at, word)
                 if status > 3:
                     guest.mmu.invlpg(vcpu, at)
-                    return reflected(status, gpa)
+                    return reflected(status, gpa, at)
             gpas.append(gpa)
         if value is None:
             parts = []

@@ -29,6 +29,7 @@ from vapama.spec.outcomes import (
 from vapama.spec.steps import (
     DeviceWrite,
     Done,
+    Faulted,
     GuestPlan,
     Harvest,
     Harvested,
@@ -279,8 +280,9 @@ class _Judged:
                     if address in self.stored or self.machine.load(address) != word:
                         self.machine.write(address, word)
                         self.machine.wrote(address)
-                if isinstance(self.seen, PageFault):
-                    self._faulted(way)
+                if isinstance(self.seen, Faulted):
+                    # A page fault drops what is cached of its address.
+                    self.processor.page_fault(self.seen.cr2)
                 return
         raise Departure(self._told())
 
@@ -313,9 +315,10 @@ class _Judged:
 
     def _explains(self, way: Way) -> dict[Word, Word] | None:
         """The entries that flags were set in, if what was seen goes with this way; else None."""
-        bad = [o for o in way.outcomes if not isinstance(o, Translated)]
+        outcomes = tuple(zip(way.outcomes, self.pieces, strict=True))
+        bad = [(o, piece) for o, piece in outcomes if not isinstance(o, Translated)]
         if bad:
-            if not any(_same(outcome, self.seen) for outcome in bad):
+            if not any(_same(outcome, piece.address, self.seen) for outcome, piece in bad):
                 return None
             return self._changes(way, ())
         if self.value is None:
@@ -393,13 +396,6 @@ class _Judged:
                 word = word & ~(0xFF << shift) & WORD | byte << shift
                 self.stored[address] = word, written | 0xFF << shift
 
-    def _faulted(self, way: Way) -> None:
-        """A page fault drops what is cached of the address that it is for."""
-        for piece, outcome in zip(self.pieces, way.outcomes, strict=True):
-            if _same(outcome, self.seen):
-                self.processor.page_fault(piece.address)
-                return
-
     def _told(self) -> str:
         what = "store" if self.access.write else "fetch" if self.access.fetch else "load"
         ways = {", ".join(map(_tell, way.outcomes)) for way in self._ways()}
@@ -415,6 +411,8 @@ def _tell(seen: Seen | Outcome) -> str:
             return f"an access to {pa:#x}"
         case PageFault(code):
             return f"#PF {code:#x}"
+        case Faulted(code, cr2):
+            return f"#PF {code:#x} for {cr2:#x}"
         case Loaded(value):
             return f"the value {value:#x}"
         case Stored(devices):
@@ -444,11 +442,12 @@ def _gathered(updates: Iterable[Update]) -> dict[Word, Word]:
     return flags
 
 
-def _same(outcome: Outcome, seen: Seen) -> bool:
-    """Whether an outcome that is no translation is what was seen."""
+def _same(outcome: Outcome, address: Word, seen: Seen) -> bool:
+    """Whether an outcome at an address, which is no translation, is what was seen."""
     match outcome, seen:
-        case PageFault(), PageFault():
-            return (outcome.error_code ^ seen.error_code) & ~outcome.open_bits & WORD == 0
+        case PageFault(), Faulted():
+            difference = (outcome.error_code ^ seen.error_code) & ~outcome.open_bits & WORD
+            return difference == 0 and address == seen.cr2
         case OutsideMemory(), OutsideMemory():
             return outcome.address == seen.address
         case NonCanonical(), NonCanonical():

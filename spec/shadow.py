@@ -298,18 +298,23 @@ class _Audit:
                 yield Violation(10, "a leaf has rights that its table was not given", index)
             return
         gpte = self.guest_word(page.gfn, index & 511)
-        slot = self.slot_of(page.gfn)
-        used = PRESENT | (0 if slot is not None and slot.readonly else ACCESSED)
-        if gpte is None or gpte & used != used:
+        if gpte is None or not gpte & PRESENT or not self._has(page, gpte, ACCESSED):
             yield Violation(8, "a leaf stands for an entry that translates nothing", index)
             return
         if gpte >> 12 & FRAME >> 12 != gfn:
             yield Violation(8, f"a leaf maps {gfn:#x}, and the guest's entry another frame", index)
-        given = page.access & rights_of(gpte) & ~(0 if gpte & DIRTY else W)
+        given = page.access & rights_of(gpte) & ~(0 if self._has(page, gpte, DIRTY) else W)
         if not role.nx and gpte >> 63:
             yield Violation(11, "a leaf stands for an entry with a reserved bit", index)
         if excess(rights, given, role):
             yield Violation(20, "a leaf has rights that the guest's entry does not give", index)
+
+    def _has(self, page: TablePage, gpte: Word, flag: Word) -> bool:
+        """Whether a flag that a walk sets is set in the guest's entry: in a table in read-only
+        memory it cannot be.
+        """
+        slot = self.slot_of(page.gfn)
+        return gpte & flag != 0 or (slot is not None and slot.readonly)
 
     def _device(self, page: TablePage, index: int, word: Word) -> Iterator[Violation]:
         """Rule 23: an entry for a device, of this generation of slots, is for no memory."""
@@ -361,7 +366,7 @@ class _Audit:
             size = 1 << 9 * (page.level - 1)
             if not gpte & PAGE_SIZE or child.gfn != (gpte >> 12 & FRAME >> 12) & ~(size - 1):
                 yield Violation(8, "a direct table stands for another page of the guest's", index)
-            if excess(child.access, given & ~(0 if gpte & DIRTY else W), role):
+            if excess(child.access, given & ~(0 if self._has(page, gpte, DIRTY) else W), role):
                 yield Violation(10, "a direct table has rights that the guest does not give", index)
             return
         if gpte & PAGE_SIZE and page.level < 4:

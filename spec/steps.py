@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
-from vapama.spec.outcomes import NonCanonical, OutsideMemory, PageFault
+from vapama.spec.outcomes import NonCanonical, OutsideMemory
 from vapama.spec.words import Word
 
 SHADOW, EPT, NPT = "shadow", "ept", "npt"
@@ -189,6 +189,15 @@ class Stored(NamedTuple):
     devices: "tuple[DeviceWrite, ...]" = ()
 
 
+class Faulted(NamedTuple):
+    """A page fault: its error code, and the linear address that CR2 then holds, the first of the
+    access, or of the access in its second page. Source: SDM Vol. 3A, 4.7 and 6.15.
+    """
+
+    error_code: Word
+    cr2: Word
+
+
 class DeviceWrite(NamedTuple):
     """So many bytes of `value` written to a device at a guest-physical address."""
 
@@ -207,7 +216,7 @@ class Done(NamedTuple):
     """The step was made; there is nothing to see."""
 
 
-Seen: TypeAlias = Loaded | Stored | Harvested | Done | PageFault | NonCanonical | OutsideMemory
+Seen: TypeAlias = Loaded | Stored | Harvested | Done | Faulted | NonCanonical | OutsideMemory
 
 
 def device_word(address: Word) -> Word:

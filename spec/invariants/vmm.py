@@ -12,11 +12,12 @@ from vapama.spec import programs, shadow
 from vapama.spec.domains import Domain
 from vapama.spec.machine import Machine
 from vapama.spec.nondet import Nondet, invariant
-from vapama.spec.outcomes import NonCanonical, OutsideMemory, PageFault
+from vapama.spec.outcomes import NonCanonical, OutsideMemory
 from vapama.spec.steps import (
     EPT,
     NPT,
     SHADOW,
+    Faulted,
     Harvest,
     Harvested,
     Loaded,
@@ -96,7 +97,7 @@ def each_guest_sees_what_its_own_machine_allows(nondet: Nondet, subject: Any) ->
                 nondet.reach("value loaded")
             case Stored(devices):
                 nondet.reach("stored to a device" if devices else "stored")
-            case PageFault():
+            case Faulted():
                 nondet.reach("page fault")
             case NonCanonical():
                 nondet.reach("non-canonical address")

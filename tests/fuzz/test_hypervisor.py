@@ -12,20 +12,28 @@ from vapama.spec import programs, shadow
 from vapama.spec.access import Access
 from vapama.spec.machine import Departure, Machine
 from vapama.spec.nondet import load_invariants
-from vapama.spec.outcomes import PageFault
 from vapama.spec.steps import (
+    EPT,
+    NPT,
+    SHADOW,
     Done,
+    Faulted,
     Harvest,
     Harvested,
+    Invlpg,
     Load,
     Loaded,
     Log,
+    Plan,
     Rest,
+    Seen,
+    Step,
     Store,
     Stored,
 )
 from vapama.subjects import load_subject
 
+DESIGNS = (SHADOW, EPT, NPT)
 CLAIMS = [name for name, invariant in load_invariants().items() if "vmm" in invariant.needs]
 FEW = [
     "a-dropped-entry-stays-in-the-reverse-map",
@@ -78,7 +86,9 @@ def marked(_: int, address: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "seen", [Loaded(0x1112), PageFault(4), Done(), Stored()], ids=lambda seen: type(seen).__name__
+    "seen",
+    [Loaded(0x1112), Faulted(4, 0x8000), Done(), Stored()],
+    ids=lambda seen: type(seen).__name__,
 )
 def test_the_machine_refuses_what_a_load_cannot_show(seen: object) -> None:
     machine = Machine(programs.plan())
@@ -118,6 +128,56 @@ def test_the_machine_follows_a_stale_translation_until_the_guest_invalidates_it(
         else:
             with pytest.raises(Departure):
                 machine.check(READ, Loaded(value), hypervisor.word)
+
+
+def run(plan: Plan, *steps: Step) -> list[Seen]:
+    """A program, judged and audited after every step."""
+    machine, hypervisor = Machine(plan), Vmm(plan)
+    seen = []
+    for step in steps:
+        seen.append(hypervisor.do(step))
+        machine.check(step, seen[-1], hypervisor.word)
+        assert not list(shadow.audit(hypervisor.view()))
+    return seen
+
+
+def store(address: int, value: int) -> Store:
+    return Store(0, 0, Access(address, write=1), value)
+
+
+ENTRY = programs.DIRECTORY << 12 | 1 << 3
+"""The page directory's entry for 0x200000 and on."""
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_fault_in_the_second_page_leaves_what_is_cached_for_the_first(design: str) -> None:
+    seen = run(
+        programs.plan(design=design),
+        store(0x205000, 1),
+        store(ENTRY, 1 << 45 | programs.HIGH << 12 | programs.USED),
+        Invlpg(0, 0, 0x8000),
+        store(0x205FFC, 2),
+        store(0x205000, 3),
+    )
+    if design != SHADOW:  # whose directory is shadowed: it has no stale entries
+        assert seen[-2:] == [Faulted(0xB, 0x206000), Stored()]
+
+
+def test_the_machine_wants_the_address_of_a_fault() -> None:
+    absent = Load(0, 0, Access(0x800000))
+    for cr2, right in ((0x800000, True), (0x801000, False)):
+        machine = Machine(programs.plan())
+        if right:
+            machine.check(absent, Faulted(0, cr2), marked)
+        else:
+            with pytest.raises(Departure):
+                machine.check(absent, Faulted(0, cr2), marked)
+
+
+def test_a_table_in_read_only_memory_needs_no_dirty_flags() -> None:
+    """Its entry for 0x200000 names frame 0, and can never be marked dirty."""
+    table = store(ENTRY, programs.ROM_TABLE << 12 | programs.USED)
+    assert run(programs.plan(), table, store(0x200FF8, 5)) == [Stored(), Stored()]
 
 
 def test_a_dirty_log_that_lacks_a_page_is_refused() -> None:
