@@ -1,6 +1,7 @@
 # ruff: noqa: INP001  (a script, found by its path)
-"""``python docs/generate.py`` writes reference/invariants.md from the registry of invariants, and
-reference/vector-coverage.md from the test vectors that come with vapama.
+"""``python docs/generate.py`` writes reference/invariants.md from the registry of invariants,
+reference/vector-coverage.md from the test vectors that come with vapama, and
+reference/audit-rules.md from the rules of an audit.
 
 A test says whether the pages are up to date.
 """
@@ -9,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from vapama.snapshot.findings import RULES
 from vapama.spec.nondet import Invariant, load_invariants
 from vapama.vectors.form import SHIPPED, read_vectors
 from vapama.vectors.questions import KINDS
@@ -48,10 +50,35 @@ the paths are too many for that, and these are drawn at random.
 """
 
 
+AUDIT_PAGE = PAGE.with_name("audit-rules.md")
+AUDIT_HEAD = """\
+<!-- Written by docs/generate.py from vapama/snapshot/findings.py: change it there. -->
+
+# The rules of an audit
+
+What `vapama snapshot audit` ([how to](../how-to/audit-a-hypervisor.md)) holds a hypervisor's tables
+against. *Number* is the rule's among those of [the hypervisor's
+memory](../explanation/hypervisor.md#the-rules-of-the-tables); where there is none, it is the
+manual's. `tests/cli/test_audit.py` has a fault for each that it is seen to find.
+
+| rule | what it says | number | not so is a |
+| --- | --- | --- | --- |
+"""
+
+
 def main() -> None:
     """Write the pages."""
+    AUDIT_PAGE.write_text(audit_page(), encoding="utf-8")
     PAGE.write_text(invariants_page(), encoding="utf-8")
     VECTORS_PAGE.write_text(vectors_page(), encoding="utf-8")
+
+
+def audit_page() -> str:
+    """The page about audits: a table of the rules."""
+    return AUDIT_HEAD + "".join(
+        f"| `{name}` | {rule.says} | {rule.number} | {rule.status} |\n"
+        for name, rule in RULES.items()
+    )
 
 
 def vectors_page() -> str:

@@ -1,4 +1,6 @@
-"""``vapama snapshot``: where addresses lead in an image of memory, and all that is mapped there."""
+"""``vapama snapshot``: where addresses lead in an image of memory, all that is mapped there, and
+what should not be.
+"""
 
 import os
 import sys
@@ -15,9 +17,11 @@ from rich.console import Console
 from vapama.case import BadInput
 from vapama.explain import describe_cpu, describe_outcome, explain_access
 from vapama.impl.listing import Listing, Runs
-from vapama.snapshot import answers
+from vapama.snapshot import answers, findings, sides
+from vapama.snapshot import audit as audits
 from vapama.snapshot.answers import Guest, Rows
 from vapama.snapshot.images import Absent, Image, open_image
+from vapama.snapshot.slots import read_slots
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.outcomes import Outcome
@@ -36,7 +40,7 @@ notes = Console(stderr=True, highlight=False, emoji=False)
 FORMS = ("raw", "elf", "npz")
 EXIT_PIPE = 141
 """What a shell says of a program that writes where nobody reads any more."""
-MOST_RUNS, MOST_READS = 1_000_000, 1 << 32
+MOST_RUNS, MOST_READS, MOST_PAGES = 1_000_000, 1 << 32, 1 << 26
 
 
 def number(text: str) -> int:
@@ -108,6 +112,17 @@ class Asked:
 def _asked(
     image: str, form: str, processor: int, mbec: bool, gpa: bool, **given: int | None
 ) -> Asked:
+    memory = _opened(image, form)
+    known = {name: value for name, value in given.items() if value is not None}
+    stage = answers.second_stage_state(known, known.get("maxphyaddr"), mbec)
+    if gpa and stage is None:
+        raise BadInput("--gpa is about a second stage: give --eptp or --ncr3")
+    cpu = None if gpa else answers.control_state(memory, known, processor)
+    return Asked(memory, cpu, stage)
+
+
+def _opened(image: str, form: str) -> Image:
+    """The image in a file, or the one that comes with vapama. Raises `BadInput`."""
     if form and form not in FORMS:
         raise BadInput(f"--format {form}: give one of {', '.join(FORMS)}")
     path = Path(image)
@@ -115,13 +130,7 @@ def _asked(
         from vapama.snapshot.truth import SHIPPED
 
         path = SHIPPED
-    memory = open_image(path, form)
-    known = {name: value for name, value in given.items() if value is not None}
-    stage = answers.second_stage_state(known, known.get("maxphyaddr"), mbec)
-    if gpa and stage is None:
-        raise BadInput("--gpa is about a second stage: give --eptp or --ncr3")
-    cpu = None if gpa else answers.control_state(memory, known, processor)
-    return Asked(memory, cpu, stage)
+    return open_image(path, form)
 
 
 @app.command()
@@ -260,6 +269,104 @@ def maps(
             soft_wrap=True,
         )
     raise typer.Exit(EXIT_UNDECIDED if lists.stopped else EXIT_HELD)
+
+
+HostMaxPhyAddr = Annotated[
+    int | None, _register("host-maxphyaddr", "MAXPHYADDR of the hypervisor's tables (52).")
+]
+
+
+@app.command()
+def audit(
+    image: ImageFile,
+    host: Annotated[
+        str, typer.Option(help="The image with the hypervisor's tables; IMAGE is the guest's then.")
+    ] = "",
+    eptp: Eptp = None,
+    ncr3: Ncr3 = None,
+    shadow: Annotated[int | None, _register("shadow", "The root of shadow tables.")] = None,
+    slots: Annotated[str, typer.Option(metavar="FILE", help="The memory slots, in JSON.")] = "",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="VALUE/MASK", help="Entries that are the hypervisor's marks for devices."
+        ),
+    ] = "",
+    unsync: Annotated[
+        list[int] | None, _register("unsync", "A guest's table that may be out of sync.")
+    ] = None,
+    no_executable_large: Annotated[
+        bool, typer.Option("--no-executable-large", help="Large pages must not be executable.")
+    ] = False,
+    cr3: Cr3 = None,
+    cr0: Cr0 = None,
+    cr4: Cr4 = None,
+    efer: Efer = None,
+    maxphyaddr: MaxPhyAddr = None,
+    host_cr4: HostCr4 = None,
+    host_efer: HostEfer = None,
+    host_maxphyaddr: HostMaxPhyAddr = None,
+    mbec: Mbec = False,
+    processor: Processor = 0,
+    form: Form = "",
+    most: Annotated[int, typer.Option(min=1, help="Tell of so many findings of a rule.")] = 10,
+    most_pages: Annotated[int, typer.Option(min=1, help="Stop after so many pages.")] = MOST_PAGES,
+    most_reads: Annotated[
+        int, typer.Option(min=512, help="Stop after reading so many table entries.")
+    ] = MOST_READS,
+    json: Json = False,
+) -> None:
+    """Find what nothing justifies in a hypervisor's tables, or in a guest's own."""
+    given = {"cr3": cr3, "cr0": cr0, "cr4": cr4, "efer": efer, "maxphyaddr": maxphyaddr}
+    own = {"eptp": eptp, "ncr3": ncr3, "host_cr4": host_cr4, "host_efer": host_efer}
+    about = sides.Given(
+        _opened(image, form),
+        _opened(host, form) if host else None,
+        {name: value for name, value in given.items() if value is not None},
+        {name: value for name, value in own.items() if value is not None},
+        shadow,
+        host_maxphyaddr,
+        mbec,
+        processor,
+        read_slots(Path(slots)) if slots else None,
+    )
+    hypervisor, guest = sides.sides_of(about)
+    options = audits.Options(
+        most, most_pages, most_reads, _mark(device), tuple(unsync or ()), not no_executable_large
+    )
+    with progress() as show:
+        show("auditing")
+        report = audits.audit(hypervisor, guest, about.slots, options)
+    with written():
+        if json:
+            _print_json(
+                {"format": "vapama-audit", "version": 1, "image": about.image.name},
+                "findings",
+                iter(report.findings),
+                lambda: findings.summary(report),
+            )
+        else:
+            for side in (hypervisor, guest):
+                if side is not None:
+                    print(f"{side.name}: {side.image.name}, {side.described()}")
+            for line in findings.as_lines(report):
+                print(line)
+    if report.stopped:
+        notes.print(
+            f"vapama: stopped at --most-{report.stopped}: not everything was looked at",
+            soft_wrap=True,
+        )
+    raise typer.Exit(findings.exit_status(report))
+
+
+def _mark(text: str) -> tuple[int, int] | None:
+    """The value and mask of entries that are marks for devices. Raises `BadInput`."""
+    if not text:
+        return None
+    value, slash, mask = text.partition("/")
+    if not slash:
+        raise BadInput(f"--device {text}: give VALUE/MASK, such as 0x6/0x7")
+    return number(value), number(mask)
 
 
 class Maps:

@@ -99,7 +99,7 @@ def explain_access(cpu: Cpu, memory: Memory, access: Access) -> Iterator[str]:
         yield f"CR3      {cpu.cr3:#x}: the root table is at {cpu.cr3 & mode.root:#x}"
     if mode.width == 32 or is_canonical(address, mode.width):
         for step in paging.path(cpu, memory, address):
-            yield _describe_step(cpu, address, step)
+            yield describe_step(cpu, address, step)
     yield f"outcome  {describe_outcome(paging.translate(cpu, memory, access), mode)}"
 
 
@@ -166,10 +166,7 @@ def explain_guest_physical(
         yield f"         more than the {width} bits that these tables translate"
     else:
         for step in steps:
-            if isinstance(stage, Ept):
-                yield _describe_ept_step(stage, access.address, step)
-            else:
-                yield _describe_nested_step(stage, access.address, step)
+            yield describe_step(stage, access.address, step)
     narrow = isinstance(stage, Npt) and stage.levels == 2
     mode = modes.TWO_LEVEL_PSE if narrow else modes.FIVE_LEVEL
     yield f"outcome  {describe_outcome(second_stage.translate(stage, memory, access), mode)}"
@@ -226,6 +223,15 @@ def describe_stage(stage: Stage) -> str:
         kind = f"nested tables of a host in {modes_of_hosts[stage.levels]} paging"
     on = ", ".join(name for has, name in features if has)
     return f"{kind}, MAXPHYADDR {stage.maxphyaddr}, {on or 'no more'}"
+
+
+def describe_step(state: Cpu | Stage, address: int, step: paging.Step) -> str:
+    """An entry on the way of a walk: where it stands, its bits, and where it leads or why not."""
+    if isinstance(state, Ept):
+        return _describe_ept_step(state, address, step)
+    if isinstance(state, Npt):
+        return _describe_nested_step(state, address, step)
+    return _describe_step(state, address, step)
 
 
 def _describe_ept_step(stage: Ept, gpa: int, step: paging.Step) -> str:

@@ -421,6 +421,8 @@ def test_the_generated_pages_are_up_to_date() -> None:
     assert written == generate.invariants_page(), "run: python docs/generate.py"
     written = (DOCS / "reference" / "vector-coverage.md").read_text(encoding="utf-8")
     assert written == generate.vectors_page(), "run: python docs/generate.py"
+    written = (DOCS / "reference" / "audit-rules.md").read_text(encoding="utf-8")
+    assert written == generate.audit_page(), "run: python docs/generate.py"
 
 
 def excerpts() -> list[Any]:

@@ -170,10 +170,11 @@ class Rows(NamedTuple):
 
 def as_rows(state: Cpu | Stage, runs: Runs) -> Rows:
     """The runs of one stage."""
-    return Rows(*runs[:4], _rights(state, runs.rights), runs.entries)
+    return Rows(*runs[:4], rights_of(state, runs.rights), runs.entries)
 
 
-def _rights(state: Cpu | Stage, bits: Words) -> Words:
+def rights_of(state: Cpu | Stage, bits: Words) -> Words:
+    """The rights that a list has, READ to USER, for those that the kernel has."""
     u64 = np.uint64
     user, execute = bits << u64(1) & u64(USER), bits >> u64(61) & u64(EXECUTE)
     rights: Words = u64(READ) | bits & u64(WRITE) | execute
@@ -201,7 +202,7 @@ class Guest:
         """The runs of the guest's own tables, led on through the second stage."""
         for parts in composed(batch, self.runs):
             run, stage = parts.run.astype(np.int64), parts.stage.astype(np.int64)
-            rights = self._both(_rights(cpu, batch.rights)[run], self.runs.rights[stage])
+            rights = self._both(rights_of(cpu, batch.rights)[run], self.runs.rights[stage])
             self.unmapped = parts.unmapped
             rows = Rows(*parts[1:5], rights, batch.entries[run])
             if merge:
