@@ -258,9 +258,8 @@ def _describe_nested_step(stage: Npt, gpa: int, step: paging.Step) -> str:
     narrow = stage.levels == 2
     index = (gpa >> 12 + (10 if narrow else 9) * (level - 1)) & (0x3FF if narrow else 0x1FF)
     digits = 10 if narrow else 18
-    text = (
-        f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#0{digits}x}  {_bits(entry)}"
-    )
+    where = f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x}"
+    text = f"{where} = {entry:#0{digits}x}  {entry_bits(entry)}"
     if not entry & paging.PRESENT:
         return text + "  <- not present: stops here"
     if reserved := entry & npt.reserved(stage, entry, level):
@@ -319,9 +318,8 @@ def _describe_step(cpu: Cpu, linear: int, step: paging.Step) -> str:
     this = mode.level(level)
     index = linear >> this.shift & this.mask
     digits = 2 + 2 * mode.entry_bytes
-    text = (
-        f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#0{digits}x}  {_bits(entry)}"
-    )
+    where = f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x}"
+    text = f"{where} = {entry:#0{digits}x}  {entry_bits(entry)}"
     if not entry & paging.PRESENT:
         return text + "  <- not present: stops here"
     reserved = entry & (paging.reserved_anywhere(cpu) | paging.reserved_at(cpu, entry, level))
@@ -338,5 +336,7 @@ def _size(mode: Mode, level: int) -> str:
     return "4 MBytes" if mode.entry_bytes == 4 and level == 2 else SIZES[level]
 
 
-def _bits(entry: int) -> str:
-    return " ".join(name for bit, name in ENTRY_BITS if entry & bit) or "-"
+def entry_bits(entry: int, of_ept: bool = False) -> str:
+    """The bits of an entry that have names, in the format of EPT or of ordinary paging."""
+    names = EPT_BITS if of_ept else ENTRY_BITS
+    return " ".join(name for bit, name in names if entry & bit) or "-"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vapama.case import BadInput, Case, load_case
 from vapama.check import chosen_invariants
@@ -12,6 +13,7 @@ from vapama.explain import (
     explain_guest_physical,
     explain_nested,
 )
+from vapama.explain_programs import RecordedPart
 from vapama.fuzz import atheris_engine
 from vapama.fuzz.decoded import ByteDraws
 from vapama.fuzz.exhaustive import Scripted
@@ -20,6 +22,8 @@ from vapama.proofs.symbolic import Unfaithful
 from vapama.runs import (
     Concrete,
     Guarded,
+    GuardedCall,
+    GuardedPart,
     KnownDeparture,
     Replay,
     SubjectHung,
@@ -129,6 +133,23 @@ class Recorded(Guarded):
     def __init__(self, guarded: Guarded) -> None:
         super().__init__(guarded.name, guarded.subject)
         self.recorded: list[tuple[Walk, Outcome | None]] = []
+        self.parts: list[RecordedPart] = []
+        """Parts with a state of their own (see `GuardedPart`), as programs run on them."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A faculty; a part with a state of its own that it gives is recorded."""
+        faculty = super().__getattr__(name)
+        if not isinstance(faculty, GuardedCall):
+            return faculty
+
+        def recorded(*args: Any, **named: Any) -> Any:
+            part = faculty(*args, **named)
+            if isinstance(part, GuardedPart):
+                part = RecordedPart(name, part, args)
+                self.parts.append(part)
+            return part
+
+        return recorded
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The subject's outcome, kept."""
@@ -193,6 +214,9 @@ def explain_case(path: Path, subject_name: str | None = None) -> Iterator[str]:
             yield f"         {subject.name} agrees"
         else:
             yield f"subject  {describe_outcome(observed)}   <- not what the reference allows"
+    for part in subject.parts:
+        yield ""
+        yield from part.told
     yield ""
     yield f"the claim {answer.text}"
 

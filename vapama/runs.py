@@ -5,6 +5,7 @@ its models here before it reports them.
 """
 
 import linecache
+import re
 import signal
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -436,7 +437,8 @@ def shrink(
     most_runs: int = 20_000,
     hang_seconds: float = 10.0,
 ) -> Case | None:
-    """The simplest failing Case that can be reached from `draws` by dropping them and their bits.
+    """The simplest failing Case that can be reached from `draws`: steps of a program are left out
+    (see `_shorter`), then draws and their bits are.
 
     None if the draws do not fail when replayed.
     """
@@ -456,11 +458,18 @@ def shrink(
             return None
         return None if failure is None or failure.hung else (failure, nondet)
 
+    def draws_now() -> list[tuple[str, int]]:
+        return best[1].draws() if best is not None else []
+
     with hang_guard(hang_seconds) as alive:
         best = fails(dict(draws))
         improved = best is not None
         while best is not None and improved and runs < most_runs:
             improved = False
+            for fewer in _shorter(draws_now):
+                found = fails(fewer)
+                if found is not None and _size(found[1]) < _size(best[1]):
+                    best, improved = found, True
             for name, value in best[1].draws():
                 for simpler in _simpler(value):
                     found = fails({**dict(best[1].draws()), name: simpler})
@@ -474,6 +483,36 @@ def shrink(
         return None
     failure, nondet = best
     return make_case(invariant.name, subject.name, engine, failure.message, nondet.draws())
+
+
+STEP = re.compile(r"step \d+")
+"""What the steps of a program are drawn as: `step 0`, `step 1`..."""
+COUNTS = ("steps", "length")
+"""What their number is drawn as."""
+
+
+def _shorter(draws: Callable[[], list[tuple[str, int]]]) -> Iterator[dict[str, int]]:
+    """Shorter programs to try: `draws`, which are those of the best so far, without some steps in a
+    row, half of them at first and one in the end; the steps after them move up.
+    """
+    chunk = len(_steps(draws()))
+    while chunk:
+        start = 0
+        while start < len(_steps(draws())):
+            before = draws()
+            steps = _steps(before)
+            kept = [value for name, value in steps[:start] + steps[start + chunk :]]
+            fewer = {name: value for name, value in before if (name, value) not in steps}
+            fewer |= {name: value for (name, _), value in zip(steps, kept, strict=False)}
+            yield fewer | {name: len(kept) for name in COUNTS if name in fewer}
+            if draws() == before:
+                start += chunk
+        chunk >>= 1
+
+
+def _steps(draws: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The draws that are steps of a program, in order."""
+    return [(name, value) for name, value in draws if STEP.fullmatch(name)]
 
 
 def _simpler(value: int) -> Iterator[int]:

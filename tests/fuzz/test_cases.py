@@ -21,6 +21,7 @@ from vapama.fuzz.exhaustive import Scripted
 from vapama.proofs import prover
 from vapama.replaying import FAILS, HOLDS, SAYS_NOTHING, replay_everywhere, status
 from vapama.runs import Guarded, KnownDeparture, Replay, attempt, replay, shrink
+from vapama.spec.domains import Domain
 from vapama.spec.nondet import Invariant, Nondet, Reject, load_invariants
 from vapama.spec.outcomes import NonCanonical, Outcome
 from vapama.spec.subject import Capabilities
@@ -175,6 +176,23 @@ def test_shrinking_keeps_to_what_makes_a_claim_fail(toy: Toy, reference: Guarded
     assert case is not None
     assert case.values() == {"a": 0x100, "b": 1 << 40, "c": 5, "more": 0}
     assert case.failure == "AssertionError: as it must"
+
+
+def test_a_program_is_shrunk_to_the_steps_that_it_takes(toy: Toy, reference: Guarded) -> None:
+    """Steps are left out and those after them move up, with whatever the others draw."""
+
+    def claim(nondet: Nondet, subject: Any) -> None:
+        level = 0
+        for number in range(nondet.word("steps", Domain(free=63))):
+            step = nondet.word(f"step {number}")
+            level += step & 0xFF == 7 + level
+        assert level < 3, "three in a row"
+
+    steps = [5, 7, 0, 1 << 40 | 8, 1, 2, 3, 4, 9 | 1 << 60, 6, 6]
+    draws = [("steps", 40), *((f"step {k}", value) for k, value in enumerate(steps))]
+    case = shrink(toy(claim), reference, draws, "hand")
+    assert case is not None
+    assert case.values() == {"steps": 3, "step 0": 7, "step 1": 8, "step 2": 9}
 
 
 def test_what_does_not_fail_is_not_shrunk_to_a_case(toy: Toy, reference: Guarded) -> None:
