@@ -1,4 +1,4 @@
-"""Seeded mistakes: small patches of impl/, the kinds that people make.
+"""Seeded mistakes: small patches of impl/, or of a model in spec/, the kinds that people make.
 
 Each must be refuted by every engine that means to be trusted: a proof whose twin (the same claim
 about the implementation with a mistake) is not refuted proves nothing. They stand in the
@@ -24,9 +24,10 @@ IMPL = "vapama.impl"
 
 @dataclass(frozen=True)
 class Mistake:
-    """A patch: lines `before`, which stand once in `file` of impl/, become `after`.
+    """A patch: lines `before`, which stand once in `file`, become `after`.
 
-    `breaks` is an invariant that it breaks.
+    The file is one of impl/, or a model in spec/ that proofs are about. `breaks` is an invariant
+    that it breaks.
     """
 
     name: str
@@ -53,17 +54,27 @@ class Mistake:
 
     def module(self, name: str = "") -> types.ModuleType:
         """A module of impl/ (by default the patched one) out of a copy of all of impl/ that has
-        the mistake in it, so that it shows wherever the patched file is used.
+        the mistake in it, so that it shows wherever the patched file is used. A model alone.
         """
+        if not _is_ours(self.module_name):
+            module = types.ModuleType(self.module_name)
+            exec(compile(self.source(), f"<{self.module_name} with a mistake>", "exec"), vars(module))
+            return module
         with _copy_of_impl(self.module_name, self.source()):
             return importlib.import_module(name or self.module_name)
 
     def subject(self) -> Any:
-        """The `optimized` subject with the mistake in it."""
+        """The `optimized` subject with the mistake in it, or with the mistaken model beside it."""
+        if not _is_ours(self.module_name):
+            subject = importlib.import_module(f"{IMPL}.optimized").Optimized()
+            subject.model = self.module()
+            return subject
         return self.module(f"{IMPL}.optimized").Optimized()
 
     def compiled_subject(self) -> Any:
         """The `compiled` subject with the mistake in it."""
+        if not _is_ours(self.module_name):
+            return self.subject()
         return self.module(f"{IMPL}.optimized").Compiled()
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, get_args
 
 from vapama.case import Case, make_case
-from vapama.spec import domains, nested, second_stage
+from vapama.spec import coherence, domains, nested, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.domains import Domain, narrowed
@@ -197,6 +197,13 @@ class Guarded:
         if callable(faculty):
             faculty = self.__dict__[name] = GuardedCall(faculty)
         return faculty
+
+    def coherence(self) -> types.ModuleType:
+        """The model of shadow pages and flushes that a hypervisor follows: the specification's, or
+        for a seeded mistake in it, the copy that has the mistake.
+        """
+        model: types.ModuleType = getattr(self.subject, "model", coherence)
+        return model
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The subject's outcome. Raises `Reject` for a case that it does not cover."""

@@ -1,0 +1,176 @@
+"""Invariants of shadow pages and flushes, of the model in `spec.coherence`, for any number of steps.
+
+A state is drawn as functions of words at the places that the claim asks for. What is assumed of it
+is `Model.truths` of the reader, the SPTE and the page that the step is about, and of the ones that
+it is then shown of, which are any. So by induction it holds of all of them after any number of
+steps: at power-on everything is 0, and every step keeps it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vapama.spec.coherence import DIRECT, DUE, LOGGED, UNSYNC, WRITTEN
+from vapama.spec.domains import Domain
+from vapama.spec.nondet import Nondet, invariant
+from vapama.spec.paging import ACCESSED, DIRTY, EXECUTE_DISABLE, FRAME, PRESENT, USER, WRITABLE
+from vapama.spec.subject import VMM
+from vapama.spec.words import Condition, Word, ite, low_bits
+
+SOURCE = "Linux, virt/kvm/x86/mmu.rst and virt/kvm/locking.rst; Intel SDM Vol. 3A, 4.10"
+RIGHTS = PRESENT | WRITABLE | USER | EXECUTE_DISABLE
+
+
+def _few(free: Word, fixed: Word = 0) -> Domain:
+    """Any of these bits, mostly of frames 0 and 1 and with rights."""
+
+    def bias(raw: int) -> Word:
+        return (raw >> 8 & 1) << 12 & free | (raw >> 16 & 0xFF | raw >> 24 & 0xFF | fixed) & free
+
+    return Domain(free=free, fixed=fixed, bias=bias, scope=(fixed,))
+
+
+FRAMES = Domain(free=low_bits(40), bias=lambda raw: raw >> 8 & 1, scope=(0, 1))
+NAME = Domain(bias=lambda raw: raw >> 8 & 1, scope=(0, 1))
+ONE = Domain(free=1)
+GUEST_ENTRY = _few(FRAME | RIGHTS | ACCESSED | DIRTY)
+OF = {
+    "content": GUEST_ENTRY,
+    "source": GUEST_ENTRY,
+    "cached_source": GUEST_ENTRY,
+    "table": _few(FRAME | PRESENT | UNSYNC | DIRECT | 7 << 4),
+    "spte": _few(FRAME | RIGHTS),
+    "cached": _few(FRAME | RIGHTS),
+    "maps": _few(FRAME | PRESENT),
+    "cached_for": _few(FRAME | PRESENT),
+    "frame": _few(FRAME | PRESENT | WRITABLE),
+    "owner": _few(FRAME | PRESENT),
+    "log": Domain(free=LOGGED | WRITTEN | DUE),
+    "ready": ONE,
+    "past": ONE,
+}
+"""What the words of each map may be."""
+
+
+class Drawn:
+    """A map of which nothing is known: a word is drawn for each place that is asked for."""
+
+    def __init__(self, nondet: Nondet, name: str) -> None:
+        self.nondet, self.name = nondet, name
+        self.drawn: list[tuple[tuple[Word, ...], Word]] = []
+        self.changes: list[tuple[tuple[Word, ...], Word]] = []
+        self.asked = 0
+
+    def __call__(self, *place: Word) -> Word:
+        """The word at a place, after the changes."""
+        word = self._first(place)
+        for start, changed in self.changes:
+            word = ite(_equal(start, place), changed, word)
+        return word
+
+    def _first(self, place: tuple[Word, ...]) -> Word:
+        """The word at a place before any change: the same for equal places."""
+        self.asked += 1
+        for known, word in self.drawn:
+            if all(a is b for a, b in zip(known, place, strict=True)):
+                return word
+        word = self.nondet.word(f"{self.name} {self.asked}", OF[self.name])
+        for known, earlier in reversed(self.drawn):
+            word = ite(_equal(known, place), earlier, word)
+        self.drawn.append((place, word))
+        return word
+
+    def put(self, *place_and_word: Word) -> None:
+        """Change the word at one place."""
+        *place, word = place_and_word
+        self.changes.append((tuple(place), word))
+
+    def clear(self, *start: Word) -> None:
+        """Make 0 what is at all places that start so."""
+        self.changes.append((start, 0))
+
+
+def _equal(start: tuple[Word, ...], place: tuple[Word, ...]) -> Condition:
+    """Whether a place starts so."""
+    same: Condition = True
+    for a, b in zip(start, place, strict=False):
+        same = same & (a == b)
+    return same
+
+
+ACTING = (("core", NAME), ("at page", NAME), ("at place", NAME))
+SHOWN = (("reader", NAME), ("page", NAME), ("place", NAME), ("other", NAME))
+OPERANDS = (("gfn", FRAMES), ("where", NAME), ("value", GUEST_ENTRY))
+ENTRY, PAGE, HOST = OF["spte"], OF["table"], OF["frame"]
+
+
+class State:
+    """Any state of the model that holds, as far as it is asked about, and a step in it."""
+
+    def __init__(self, nondet: Nondet, subject: Any) -> None:
+        self.core, self.at, self.index = nondet.words(ACTING)
+        self.shown = nondet.words(SHOWN)
+        self.gfn, self.where, self.value = nondet.words(OPERANDS)
+        reader, page, place, other = self.shown
+        self.nondet, self.module = nondet, subject.coherence()
+        self.model = self.module.Model(
+            lambda name: Drawn(nondet, name),
+            owed=nondet.flag("owed"),
+            readers=(reader, self.core),
+            entries=((page, place), (self.at, self.index)),
+            pages=(page, self.at, other),
+        )
+        nondet.assume(self.holds())
+
+    def holds(self) -> Condition:
+        """What is assumed: of all that is named, in every combination."""
+        model = self.model
+        holds: Condition = model.owns(self.gfn)
+        for reader in model.readers:
+            for page, place in model.entries:
+                for other in model.pages:
+                    for _, truth in model.truths(reader, page, place, other):
+                        holds = holds & truth
+        return holds
+
+
+STEPS: dict[str, Callable[[State], Condition]] = {
+    "an SPTE is set": lambda s: s.model.set_spte(
+        s.at, s.index, s.nondet.word("spte", ENTRY), s.gfn
+    ),
+    "a flush is requested": lambda s: s.model.request_flush(),
+    "a shadow page is made": lambda s: s.model.shadow(s.at, s.nondet.word("stands for", PAGE)),
+    "a shadow page is freed": lambda s: s.model.unshadow(s.at),
+    "a page goes unsync": lambda s: s.model.unsync(s.at),
+    "a page is synced": lambda s: s.model.synced(s.at),
+    "a store is emulated": lambda s: s.model.store_for_guest(s.gfn, s.where, s.value),
+    "flags are set": lambda s: s.model.set_flags(s.gfn, s.where, s.value),
+    "the host remaps": lambda s: s.model.remap(s.gfn, s.nondet.word("to", HOST)),
+    "a write is logged": lambda s: s.model.log_written(s.gfn),
+    "a log begins": lambda s: s.model.begin_log(s.gfn),
+    "a frame is protected": lambda s: s.model.protected(s.gfn),
+    "a log ends": lambda s: s.model.end_log(s.gfn),
+    "a core flushes": lambda s: s.model.enter(s.core),
+    "a core fills": lambda s: s.model.fill(s.core, s.at, s.index),
+    "a core stores": lambda s: s.model.store(s.core, s.at, s.index, s.where, s.value),
+    "a core invalidates": lambda s: s.model.invalidate(s.core, s.at, s.index),
+}
+
+
+@invariant(
+    source=SOURCE,
+    reaches=tuple(STEPS),
+    needs=(VMM,),
+    twin="the-host-remaps-before-the-flush",
+)
+def every_step_keeps_shadow_pages_coherent(nondet: Nondet, subject: Any) -> None:
+    """Whatever the state, a step that the rules allow leaves it one in which every SPTE, and all
+    that a core may still use, leads where the host has the guest's frame, writes to no table that
+    is kept true and nothing unseen, and is what the guest's entry said since the reader's last
+    invalidation.
+    """
+    state = State(nondet, subject)
+    step = nondet.one_of("step", list(STEPS))
+    nondet.assume(STEPS[step](state))
+    nondet.reach(step)
+    for broken, truth in state.model.truths(*state.shown):
+        assert truth, f"{step}, and then {broken}"
