@@ -58,7 +58,9 @@ class Mistake:
         """
         if not _is_ours(self.module_name):
             module = types.ModuleType(self.module_name)
-            exec(compile(self.source(), f"<{self.module_name} with a mistake>", "exec"), vars(module))
+            exec(
+                compile(self.source(), f"<{self.module_name} with a mistake>", "exec"), vars(module)
+            )
             return module
         with _copy_of_impl(self.module_name, self.source()):
             return importlib.import_module(name or self.module_name)

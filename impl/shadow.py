@@ -699,20 +699,21 @@ class ShadowMmu(Mmu):
     # Unsync pages.
 
     def _sync_children(self, vcpu: Vcpu, page: Page) -> None:
-        """Bring all that is unsync at or below a page up to date, and protect it again."""
-        flush = False
+        """Bring all that is unsync at or below a page up to date, and protect it again.
+
+        Cores know of the protection before a table is read, and of what is dropped before the page
+        counts as true: a store in between would be lost.
+        """
         for stale in list(self._unsync_below(page)):
             if stale.invalid or not stale.unsync:
                 continue
             if self._write_protect(stale.gfn):
-                flush = True
+                self.guest.flush()
+            if self._sync_page(vcpu, stale):
+                self.guest.flush()
             stale.unsync = False
             for index, parent in stale.parents.items():
                 self._clear_unsync(parent, index)
-            if self._sync_page(vcpu, stale):
-                flush = True
-        if flush:
-            self.guest.flush()
 
     def _unsync_below(self, page: Page) -> Iterator[Page]:
         if page.unsync:

@@ -27,8 +27,9 @@ from vapama.spec.paging import ACCESSED, DIRTY, FRAME, PRESENT, WRITABLE
 from vapama.spec.shadow import rights_of
 from vapama.spec.words import Condition, Word, flag, ite
 
-UNSYNC, DIRECT, INHERITED = 1 << 1, 1 << 2, 4
-"""Of a shadow page's word, beside PRESENT and its guest frame; bits 6:4 are inherited rights."""
+UNSYNC, DIRECT, ROM, INHERITED = 1 << 1, 1 << 2, 1 << 3, 4
+"""Of a shadow page's word, beside PRESENT and its guest frame. Bits 6:4 are inherited rights; no
+walk sets accessed flags in a table in ROM."""
 LOGGED, WRITTEN, DUE = 1, 2, 4
 """Of a guest frame's log: writes are noted; there was one; the frame is about to be protected,
 since its log begins or was harvested."""
@@ -85,7 +86,7 @@ def justified(page: Word, entry: Word, gfn: Word, spte: Word) -> Condition:
     """Whether the guest's `entry`, in the table that a shadow page stands for, gives what an SPTE
     gives: the frame, and the rights, once it is accessed, and for a write dirty.
     """
-    used = entry & (PRESENT | ACCESSED) == PRESENT | ACCESSED
+    used = (entry & PRESENT != 0) & ((entry & ACCESSED != 0) | (page & ROM != 0))
     given = page >> INHERITED & rights_of(entry) & (~WRITABLE & 7 | entry >> 5 & WRITABLE)
     gives = used & (named(entry) == gfn) & (rights_of(spte) & ~given == 0)
     return (page & DIRECT != 0) | gives
@@ -126,6 +127,14 @@ class Model:
         """Of page, place, reader and value: see above."""
         self.source, self.cached_source = new("source"), new("cached_source")
         """As `spte` and `cached`: the value of the guest's entry that they were made from."""
+
+    def power_on(self) -> Condition:
+        """Everything is 0."""
+        for everywhere in vars(self).values():
+            if hasattr(everywhere, "clear") and hasattr(everywhere, "put"):
+                everywhere.clear()
+        self.owed = self.owed & 0
+        return True
 
     # THE BOOKS
 
@@ -226,7 +235,7 @@ class Model:
         """A store that left the guest is made: what stands for the entry is dropped."""
         self._write(gfn, place, value)
         for page in self.pages:
-            drops = self.shadows(page, gfn)
+            drops = self.shadows(page, gfn) & (self.spte(page, place) & PRESENT != 0)
             self.spte.put(page, place, ite(drops, 0, self.spte(page, place)))
             self.maps.put(page, place, ite(drops, 0, self.maps(page, place)))
             self.owed = ite(drops, 1, self.owed)
@@ -342,13 +351,15 @@ class Model:
         yield "a core uses a table that is freed", unusable | (word & PRESENT != 0)
         yield "a core uses what maps nothing", unusable | (maps_too == naming(was))
         yield "a core uses a frame that is not the page's", unusable | self.hosts(was, cached)
-        yield "a core writes to a table that is kept true", (
-            unusable | self.spares(was, cached, other)
+        yield (
+            "a core writes to a table that is kept true",
+            (unusable | self.spares(was, cached, other)),
         )
         yield "a core writes and no log has it", unusable | self.logs(was, cached)
         yield "a core uses a value that it invalidated", unusable | given
-        yield "a core has more than the SPTE, and no flush is owed", (
-            unusable | (self.owed != 0) | same
+        yield (
+            "a core has more than the SPTE, and no flush is owed",
+            (unusable | (self.owed != 0) | same),
         )
 
     def owns(self, gfn: Word) -> Condition:
