@@ -130,7 +130,9 @@ def conclude(
             )
             return verdict
         verdict.case = shrink(invariant, subject, draws, verdict.engine, hang_seconds=hang_seconds)
-        if verdict.case is None:
+        if verdict.case is not None:
+            verdict.why = verdict.case.failure  # the shrunk run may say it otherwise
+        else:
             verdict.status = UNDECIDED
             verdict.why = f"failed once and not when replayed: {verdict.why}"
         return verdict
