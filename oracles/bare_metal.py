@@ -2,7 +2,8 @@
 
 from vapama.oracles import native, virtual
 from vapama.oracles.departures import Departure, Disagreement, described, named
-from vapama.oracles.machine import Machine, MachineDied
+from vapama.oracles.emulator import MachineDied
+from vapama.oracles.machine import Machine
 from vapama.oracles.native import POOL_BYTES, RECORD_BYTES, STAMPS
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu

@@ -13,7 +13,8 @@ import numpy as np
 
 from vapama.oracles.bare_metal import BareMetal
 from vapama.oracles.departures import BOCHS
-from vapama.oracles.machine import HOLE, RAM_BYTES, SERVER, STAMP_TAIL, CannotStart, Machine
+from vapama.oracles.emulator import CannotStart
+from vapama.oracles.machine import HOLE, RAM_BYTES, SERVER, STAMP_TAIL, Machine
 from vapama.spec.cpu import PKE
 
 BLOCK = 128 << 10

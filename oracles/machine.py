@@ -5,16 +5,13 @@ The guest is assembled when it is first needed. The host lays out in its RAM wha
 records back. How RAM is reached, and what is started, is a `Machine`'s own: see qemu.py, bochs.py.
 """
 
-import shutil
 import struct
-import subprocess
-import tempfile
 import time
-import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
+from vapama.oracles.emulator import Emulator, MachineDied, assembled
 from vapama.spec.words import WORD, Word
 
 SOURCE = Path(__file__).parent / "guest" / "guest.asm"
@@ -65,14 +62,6 @@ MARKED = PRESENT | WRITABLE | USER | ACCESSED | DIRTY
 """Flags of the entries of our own, so that using them sets none."""
 FRAME = 0x000F_FFFF_FFFF_F000
 PAGE = 0x1000
-
-
-class MachineDied(Exception):
-    """The machine ended, or gave no answer in time, with a batch under way."""
-
-
-class CannotStart(Exception):
-    """The machine could not be started; says why."""
 
 
 class Features(NamedTuple):
@@ -375,16 +364,7 @@ NESTED = tuple(
 
 def image() -> bytes:
     """The guest, assembled. Raises `CannotStart`."""
-    if shutil.which("nasm") is None:
-        raise CannotStart("nasm is not installed (apt install nasm)")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "guest.bin"
-        constants = [f"-D{name}={value:#x}" for name, value in _ASSEMBLED.items()]
-        command = ["nasm", "-f", "bin", "-o", str(target), *constants]
-        done = subprocess.run([*command, str(SOURCE)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CannotStart(f"nasm: {done.stderr.strip()}")
-        return target.read_bytes()
+    return assembled(SOURCE, _ASSEMBLED)
 
 
 _ASSEMBLED = {
@@ -409,10 +389,9 @@ _ASSEMBLED = {
 """The constants that guest.asm takes from here."""
 
 
-class Machine(ABC):
+class Machine(Emulator):
     """A started emulator with our guest in it. `start` starts another after one has died."""
 
-    name: str
     features: Features
     ept_capabilities: Word = 0
     """IA32_VMX_EPT_VPID_CAP."""
@@ -423,11 +402,8 @@ class Machine(ABC):
     """Seconds in which some record must be finished."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="vapama-")
-        self.folder = Path(self._folder)
+        super().__init__()
         (self.folder / "guest.img").write_bytes(image().ljust(1474560, b"\0"))
-        self._process: subprocess.Popen[bytes] | None = None
-        self._finalizer = weakref.finalize(self, _remove, self._folder)
         self.start()
 
     # What a kind of machine knows
@@ -452,46 +428,15 @@ class Machine(ABC):
 
     def start(self) -> None:
         """Start it, and lay out what the guest works with. Raises `CannotStart`."""
-        self.end()
-        command = self.command()
-        if shutil.which(command[0]) is None:
-            raise CannotStart(f"{command[0]} is not installed")
-        # Linux ends it with us, however we end.
-        follow = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
-        log = self.folder / "log"
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [*follow, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder,
-            )
-        self._killer = weakref.finalize(self, _kill, self._process)
+        self.launch(self.command())
         self.starts += 1
         self.find_memory()
         self._prepare()
 
     @property
-    def pid(self) -> int:
-        """The process."""
-        assert self._process is not None
-        return self._process.pid
-
-    @property
     def cr4(self) -> Word:
         """The bits of CR4 that a case may set."""
         return self.features.cr4 & ~self.avoid
-
-    def alive(self) -> bool:
-        """Whether the process still runs."""
-        return self._process is not None and self._process.poll() is None
-
-    def end(self) -> None:
-        """Stop it for certain."""
-        if self._process is not None:
-            self._killer()
-            self._process = None
 
     def wait_until_ready(self, seconds: float = 60) -> None:
         """Wait for the guest's word that it has booted."""
@@ -499,14 +444,6 @@ class Machine(ABC):
         while self._mail(READY) != ALIVE:
             self.require_starting(deadline)
             time.sleep(0.01)
-
-    def require_starting(self, deadline: float) -> None:
-        """Raise `CannotStart` if it has died, or takes too long."""
-        if self.alive() and time.monotonic() < deadline:
-            return
-        why = "it ended" if not self.alive() else "the guest did not boot in time"
-        log = (self.folder / "log").read_text(errors="replace").strip().splitlines()
-        raise CannotStart(f"{self.name}: {why}: {log[-1] if log else 'it said nothing'}")
 
     def _mail(self, offset: int) -> int:
         return int.from_bytes(self.read(MAIL + offset, 4), "little")
@@ -618,12 +555,3 @@ class Machine(ABC):
         self.give(flavor, records, stride)
         self.await_finish()
         return self.read(RECORDS, len(records))
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.wait()
-
-
-def _remove(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from vapama.oracles import machine as m
 from vapama.oracles import native
 from vapama.oracles.bare_metal import BareMetal
 from vapama.oracles.departures import RESERVED_LACKS_P
-from vapama.oracles.machine import MachineDied
+from vapama.oracles.emulator import MachineDied
 from vapama.spec import domains
 from vapama.spec.access import Access
 from vapama.spec.cpu import (

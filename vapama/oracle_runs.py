@@ -18,7 +18,8 @@ from vapama.fuzz.decoded import RandomDraws
 from vapama.oracles import native, virtual
 from vapama.oracles.bare_metal import BareMetal
 from vapama.oracles.departures import Disagreement, described, named
-from vapama.oracles.machine import RECORDS, MachineDied
+from vapama.oracles.emulator import MachineDied
+from vapama.oracles.machine import RECORDS
 from vapama.oracles.native import RECORD_BYTES
 from vapama.spec import domains, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess

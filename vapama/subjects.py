@@ -73,7 +73,7 @@ def _kvm() -> Any:
 
 def machine(name: str, options: Mapping[str, str]) -> Any:
     """A machine of `MACHINES`, with options by name. Raises `BadInput`."""
-    from vapama.oracles.machine import CannotStart
+    from vapama.oracles.emulator import CannotStart
 
     module, kinds = MACHINES[name]
     given: dict[str, Any] = {}

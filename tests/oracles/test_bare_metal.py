@@ -16,7 +16,7 @@ from vapama.oracles import machine as machines
 from vapama.oracles.bare_metal import BareMetal
 from vapama.oracles.bochs import bochs
 from vapama.oracles.departures import Disagreement, named
-from vapama.oracles.machine import CannotStart, MachineDied
+from vapama.oracles.emulator import CannotStart, MachineDied
 from vapama.oracles.qemu import qemu
 from vapama.spec import domains, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess

@@ -1,0 +1,521 @@
+"""Programs of guest and host steps on a real hypervisor: drawn, run in batches, and judged.
+
+The programs are those of `vapama.spec.programs`, on the plan that `ready` makes of theirs. Each
+step is judged by the machine that a guest believes in (`vapama.spec.machine`), with all the
+staleness that the architecture allows; at the end all memory is compared. While the hypervisor runs
+one batch, the last is judged and the next is made.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from vapama.oracles import nested_kvm as k
+from vapama.oracles.emulator import MachineDied
+from vapama.oracles.nested_kvm import Command, NestedKvm, Result, Told
+from vapama.spec import programs
+from vapama.spec.cpu import PCIDE, SMAP, SMEP, Cpu
+from vapama.spec.machine import (
+    Departure,
+    GuestMachine,
+    Look,
+    Machine,
+    load_bytes,
+    move,
+    pieces,
+)
+from vapama.spec.outcomes import (
+    RSVD,
+    NonCanonical,
+    Outcome,
+    OutsideMemory,
+    P,
+    PageFault,
+    Translated,
+)
+from vapama.spec.paging import ACCESSED, DIRTY, PAGE_SIZE, PRESENT
+from vapama.spec.steps import (
+    DeviceWrite,
+    Load,
+    Loaded,
+    Move,
+    Plan,
+    Rest,
+    Seen,
+    Step,
+    Store,
+    Stored,
+)
+from vapama.spec.words import Word
+
+BATCH = 100
+LONGEST = 32
+"""Steps of a program."""
+FRAME = 0x000F_FFFF_FFFF_F000
+
+
+# PROGRAMS
+
+
+def ready(plan: Plan) -> Plan:
+    """The plan with what our agent needs in the guests' memory: its entry in each table that is
+    used as a root, and in each page the code that a fetch meets.
+    """
+    (first, *_) = plan.guests
+    words = dict(first.image)
+    for frame in (programs.ROOT, programs.OTHER_ROOT, programs.POINTERS):
+        words[frame << 12 | k.ENTRANCE << 3] = k.AGENT_FRAME << 12 | k.OPEN
+    for slot in (programs.MAIN, programs.ROM):
+        for n in range(slot.pages):
+            words[slot.gfn + n << 12 | k.STAMP_AT] = k.stamp(slot.page + n)
+    return plan._replace(guests=tuple(g._replace(image=words) for g in plan.guests))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program: the words that it was decoded from, and what they come to here."""
+
+    style: Word
+    words: tuple[Word, ...]
+    plan: Plan
+    steps: tuple[Step, ...]
+    commands: tuple[Command | None, ...]
+    """The command of each step; None if there is nothing to do."""
+
+    @property
+    def given(self) -> list[Command]:
+        """All commands: setting up, the steps, the comparison of all memory."""
+        steps = [command for command in self.commands if command is not None]
+        return [*k.power_on(self.plan), *steps, Command(k.END)]
+
+
+def program(style: Word, words: Sequence[Word], cr4: Word) -> Program:
+    """The program that these words stand for, without what cannot be done here."""
+    has = {20: True, 21: cr4 & SMEP, 22: cr4 & SMAP, 25: cr4 & PCIDE}
+    for bit, there in has.items():
+        if not there:
+            style &= ~(1 << bit)
+    plan = ready(programs.plan(style))
+    machine = Machine(plan)
+    steps, commands = [], []
+    for word in words:
+        step = _adapted(programs.decode(word, machine, style))
+        if isinstance(step, Rest) or not k.can(step, cr4):
+            continue
+        cpu = _cpu(machine, step)
+        if isinstance(step, Move):
+            if step.register == "cr3" and step.value >> 12 == programs.DEVICE:
+                continue  # the agent could not be reached
+            move(machine.guests[step.guest].processors[step.vcpu], step)
+        steps.append(step)
+        commands.append(k.command(step, cpu))
+    return Program(style, tuple(words), plan, tuple(steps), tuple(commands))
+
+
+def _cpu(machine: Machine, step: Step) -> Cpu:
+    guest, vcpu = getattr(step, "guest", 0), getattr(step, "vcpu", 0)
+    return machine.guests[guest].processors[vcpu].cpu
+
+
+def _adapted(step: Step) -> Step:
+    """A fetch goes to where there is code."""
+    if isinstance(step, Load) and step.access.fetch:
+        address = step.access.address & ~0xFFF | k.STAMP_AT
+        return step._replace(access=step.access._replace(address=address))
+    return step
+
+
+def draw(random: Random, cr4: Word) -> Iterator[Program]:
+    """Programs without end."""
+    while True:
+        words = [random.getrandbits(64) for _ in range(random.randint(4, LONGEST))]
+        yield program(random.getrandbits(29), words, cr4)
+
+
+# JUDGING
+
+
+@dataclass
+class Difference:
+    """A program in which the hypervisor did what no machine may do, at a step of it."""
+
+    program: Program
+    at: int
+    what: str
+
+
+@dataclass
+class Tally:
+    """What came of a run."""
+
+    judged: int = 0
+    """Programs."""
+    steps: int = 0
+    agreed: Counter[str] = field(default_factory=Counter)
+    """Steps that agreed, by what was seen of them."""
+    known: Counter[str] = field(default_factory=Counter)
+    """Steps that show a departure known by name."""
+    differences: list[Difference] = field(default_factory=list)
+    seconds: float = 0.0
+    deaths: int = 0
+
+
+def judge(done: Program, results: Sequence[Result], tally: Tally, npt: bool) -> None:
+    """Judge a program by what came of its commands."""
+    tally.judged += 1
+    machine = Machine(done.plan)
+    held = [dict(guest.map.backing) for guest in machine.guests]
+    left = iter(results[len(k.power_on(done.plan)) :])
+
+    def look(guest: int, address: Word) -> Word:
+        return held[guest].get(machine.guests[guest].map.word_of(address), 0)
+
+    for number, (step, command) in enumerate(zip(done.steps, done.commands, strict=True)):
+        result = k.NOTHING if command is None else next(left)
+        for guest, word, value in result.changes:
+            held[guest][word] = value
+        try:
+            ended = not _follow(machine, step, result, look, tally, npt)
+        except (Departure, Told) as why:
+            tally.differences.append(Difference(done, number, str(why)))
+            return
+        tally.steps += 1
+        if ended:
+            return
+    for guest, word, value in next(left).changes:
+        held[guest][word] = value
+    for number, guest_ in enumerate(machine.guests):
+        for word in held[number].keys() | guest_.map.backing.keys():
+            is_, was = held[number].get(word, 0), guest_.map.backing.get(word, 0)
+            if is_ != was:
+                what = f"guest {number} holds {is_:#x} in word {word:#x} and not {was:#x}"
+                tally.differences.append(Difference(done, len(done.steps), what))
+                return
+
+
+def _follow(
+    machine: Machine, step: Step, result: Result, look: Look, tally: Tally, npt: bool
+) -> bool:
+    """Judge a step and follow it; whether the program went on. Raises `Departure`, `Told`."""
+    try:
+        seen = k.seen(step, result)
+        machine.check(step, seen, look)
+        _require_followed(machine, result)
+    except (Departure, Told) as why:
+        if not isinstance(step, Load | Store):
+            raise
+        for name, shows in DEPARTURES[npt].items():
+            if shows(_Shown(machine, step, result, look)):
+                _require_followed(machine, result)
+                tally.known[name] += 1
+                return result.ended == k.DONE
+        raise why
+    tally.agreed[_kind(step, seen)] += 1
+    return True
+
+
+def _require_followed(machine: Machine, result: Result) -> None:
+    """Each word that changed is as the machine has it. Raises `Departure`."""
+    for guest, word, value in result.changes:
+        before = machine.guests[guest].map.backing.get(word, 0)
+        if before != value:
+            raise Departure(f"guest {guest}: word {word:#x} became {value:#x}, from {before:#x}")
+
+
+@dataclass
+class _Shown:
+    """An access that was not seen to go as the machine allows."""
+
+    machine: Machine
+    step: Load | Store
+    result: Result
+    look: Look
+
+    @property
+    def guest(self) -> GuestMachine:
+        return self.machine.guests[self.step.guest]
+
+    def seen(self) -> Seen | None:
+        """What was seen, if it is anything."""
+        try:
+            return k.seen(self.step, self.result)
+        except Told:
+            return None
+
+    def allows(self, seen: Seen, look: Look | None = None) -> bool:
+        """Whether the machine allows this instead; if so it is followed."""
+        try:
+            self.machine.check(self.step, seen, look or self.look)
+        except Departure:
+            return False
+        return True
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """All outcomes of the access that are allowed, page by page."""
+        processor, access = self.guest.processors[self.step.vcpu], self.step.access
+        for piece in pieces(access.address):
+            for allowed in processor.allowed(access._replace(address=piece.address)):
+                yield allowed.outcome
+
+    def entries(self) -> set[Word]:
+        """Where there may be an entry of a walk for the access, stale ones included."""
+        guest = self.guest
+        found: set[Word] = set()
+        for piece in pieces(self.step.access.address):
+            tables = {c.cpu.cr3 & FRAME for c in guest.processors[self.step.vcpu].contexts}
+            for shift in (39, 30, 21, 12):
+                entries = {table | (piece.address >> shift & 0x1FF) << 3 for table in tables}
+                found |= entries
+                tables = {
+                    value & FRAME
+                    for entry in entries
+                    if guest.map.slot_of(entry >> 12) is not None
+                    for value, _ in guest.history.values(entry)
+                    if value & PRESENT
+                }
+        return found
+
+    def is_writable(self, address: Word) -> bool:
+        slot = self.guest.map.slot_of(address >> 12)
+        return slot is not None and not slot.readonly
+
+    def adopt(self) -> None:
+        """Take over the accessed flags that were found to be set on the way."""
+        for address in self.entries():
+            if self.is_writable(address):
+                before, now = self.guest.load(address), self.look(self.step.guest, address)
+                if before ^ now == ACCESSED & ~before:
+                    self.guest.write(address, now)
+
+
+def _not_present_outside(shown: _Shown) -> bool:
+    seen = shown.seen()
+    return isinstance(seen, PageFault) and any(
+        isinstance(outcome, OutsideMemory) and shown.allows(outcome)
+        for outcome in shown.outcomes()
+        if seen.error_code & (P | RSVD) == 0
+    )
+
+
+def _lacks_p(shown: _Shown) -> bool:
+    seen = shown.seen()
+    if not isinstance(seen, PageFault) or seen.error_code & (P | RSVD) != RSVD:
+        return False
+    return shown.allows(PageFault(seen.error_code | P))
+
+
+def _marks_reserved(shown: _Shown) -> bool:
+    """The same, and the large page that has the reserved bit is marked accessed."""
+    seen, number = shown.seen(), shown.step.guest
+    if not isinstance(seen, PageFault) or seen.error_code & (P | RSVD) != RSVD:
+        return False
+    entries = filter(shown.is_writable, shown.entries())
+    large = {entry for entry in entries if shown.look(number, entry) & PAGE_SIZE}
+
+    def unmarked(guest: int, address: Word) -> Word:
+        now = shown.look(guest, address)
+        if guest != number or address not in large:
+            return now
+        return now & ~ACCESSED | shown.guest.load(address) & ACCESSED
+
+    if not shown.allows(PageFault(seen.error_code | P), unmarked):
+        return False
+    shown.adopt()
+    return True
+
+
+def _leaves_device_page_clean(shown: _Shown) -> bool:
+    """The store is right but for the dirty flag of a page in which there is a device."""
+    seen, number = shown.seen(), shown.step.guest
+    if not isinstance(seen, Stored) or not seen.devices:
+        return False
+    leaves = {
+        outcome.updates[-1].address
+        for outcome in shown.outcomes()
+        if isinstance(outcome, Translated) and outcome.updates and not shown.is_writable(outcome.pa)
+    }
+
+    def dirty(guest: int, address: Word) -> Word:
+        return shown.look(guest, address) | (guest == number and address in leaves) * DIRTY
+
+    if not shown.allows(seen, dirty):
+        return False
+    for leaf in leaves:
+        if shown.is_writable(leaf):
+            shown.guest.write(leaf, shown.look(number, leaf))
+    return True
+
+
+def _stores_half(shown: _Shown) -> bool:
+    """A store across two pages was made in the first, though the second faulted."""
+    step, seen = shown.step, shown.seen()
+    if not isinstance(step, Store) or not isinstance(seen, PageFault):
+        return False
+    first, *others = pieces(step.access.address)
+    low = first.address & 7
+    for guest, word, value in shown.result.changes if others else ():
+        bytes_ = (1 << 8 * first.size) - 1 << 8 * low
+        before = shown.machine.guests[guest].map.backing.get(word, 0)
+        stored = before & ~bytes_ | step.value << 8 * low & bytes_
+        if guest == step.guest and word & 0x1FF == 0x1FF and value == stored:
+            shown.guest.write(next(iter(shown.guest.map.addresses(word))), value)
+            return True
+    return False
+
+
+def _takes_table_for_page(shown: _Shown) -> bool:
+    """The access went to an entry of its own walk that cannot be written, the place in the page
+    being the same.
+    """
+    seen, address = shown.seen(), shown.step.access.address
+    for entry in shown.entries():
+        if shown.is_writable(entry) or (entry ^ address) & 0xFFF:
+            continue
+        there: Seen = Loaded(shown.guest.load(entry))
+        if isinstance(shown.step, Store):
+            there = Stored((DeviceWrite(entry, 8, shown.step.value),))
+        if seen == there:
+            shown.adopt()
+            return True
+    return False
+
+
+def _hangs(shown: _Shown) -> bool:
+    """The guest came no further, and may have used tables in read-only memory."""
+    if shown.result.ended != k.HUNG:
+        return False
+    slots = [shown.guest.map.slot_of(entry >> 12) for entry in shown.entries()]
+    shown.adopt()
+    return any(slot is not None and slot.readonly for slot in slots)
+
+
+def _fetches_from_device(shown: _Shown) -> bool:
+    """Code was run where no memory is, as is allowed."""
+    if not isinstance(shown.step, Load) or not k.was_emulated(shown.step, shown.result, 0):
+        return False
+    for outcome in list(shown.outcomes()):
+        is_device = isinstance(outcome, Translated) and not shown.guest.map.slot_of(
+            outcome.pa >> 12
+        )
+        if isinstance(outcome, Translated) and is_device:
+            word = load_bytes(shown.guest.load, outcome.pa, 8)
+            if shown.allows(Loaded(word)):
+                return True
+    return False
+
+
+def _emulates_code(shown: _Shown) -> bool:
+    """The code of a page was run, by a walk through an entry that cannot be written, and KVM's
+    emulator did not know its last instruction.
+    """
+    step, result = shown.step, shown.result
+    if not isinstance(step, Load) or not k.was_emulated(step, result, k.STAMP_LENGTH):
+        return False
+    if all(shown.is_writable(entry) for entry in shown.entries()):
+        return False
+    if result.ended == k.STUCK:
+        shown.adopt()
+        return True
+    return shown.allows(Loaded(k.stamped(result.data)))
+
+
+BOTH: dict[str, Callable[[_Shown], bool]] = {
+    "table-outside-memory-is-not-present": _not_present_outside,
+    "dirty-flag-of-a-device-page-is-not-set": _leaves_device_page_clean,
+    "code-in-a-device-is-not-emulated": _fetches_from_device,
+    "store-across-pages-is-half-made": _stores_half,
+}
+DEPARTURES: dict[bool, dict[str, Callable[[_Shown], bool]]] = {
+    False: BOTH,
+    True: {
+        **BOTH,
+        "reserved-bit-fault-lacks-p": _lacks_p,
+        "reserved-large-page-is-marked-accessed": _marks_reserved,
+        "nested-fault-of-a-table-is-taken-for-the-access": _takes_table_for_page,
+        "tables-in-read-only-memory-hang-the-guest": _hangs,
+        "code-behind-read-only-tables-is-emulated": _emulates_code,
+    },
+}
+"""The known departures, by whether nested paging is used; nested_kvm.py gives their sources."""
+
+
+def _kind(step: Step, seen: Seen) -> str:
+    match seen:
+        case Loaded():
+            return "fetched" if isinstance(step, Load) and step.access.fetch else "loaded"
+        case Stored(devices):
+            return "stored to a device" if devices else "stored"
+        case PageFault(code):
+            return "page fault with RSVD" if code & RSVD else "page fault"
+        case NonCanonical():
+            return "non-canonical address"
+    return {"Move": "MOV to a register", "Invlpg": "INVLPG"}.get(
+        type(step).__name__, f"host: {type(step).__name__}"
+    )
+
+
+# RUNS
+
+
+def run(
+    hypervisor: NestedKvm,
+    count: int,
+    seed: int,
+    seconds: float | None = None,
+    progress: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:
+    """Run programs until so many are judged, or for so long."""
+    tally, start = Tally(), time.monotonic()
+    source = draw(Random(seed), hypervisor.cr4)
+    running: list[Program] = []
+    asked = 0
+    hypervisor.set_image(k.image(ready(programs.plan()).guests[0]))
+    while running or asked < count:
+        late = seconds is not None and time.monotonic() - start > seconds
+        wanted = 0 if late else min(BATCH, count - asked)
+        if late:
+            count = asked
+        batch = [next(source) for _ in range(wanted)]
+        asked += wanted
+        done = finish(hypervisor, running, tally) if running else []
+        if batch:
+            give(hypervisor, batch)
+        for program_, results in done:
+            judge(program_, results, tally, hypervisor.npt)
+        tally.seconds = time.monotonic() - start
+        if done:
+            progress(tally)
+        running = batch
+    return tally
+
+
+def give(hypervisor: NestedKvm, batch: Sequence[Program]) -> None:
+    """Let the hypervisor start on a batch."""
+    hypervisor.give([command for program_ in batch for command in program_.given])
+
+
+def finish(
+    hypervisor: NestedKvm, batch: Sequence[Program], tally: Tally
+) -> list[tuple[Program, list[Result]]]:
+    """Each program of the batch under way, with what came of its commands.
+
+    If the hypervisor dies or hangs it is started again, and the programs are run one by one: one
+    that it dies of is a difference.
+    """
+    try:
+        results = iter(hypervisor.await_finish())
+        return [(p, [next(results) for _ in p.given]) for p in batch]
+    except MachineDied as death:
+        tally.deaths += 1
+        hypervisor.start()
+        if len(batch) == 1:
+            tally.judged += 1
+            tally.differences.append(Difference(batch[0], 0, str(death)))
+            return []
+    done = []
+    for program_ in batch:
+        give(hypervisor, [program_])
+        done += finish(hypervisor, [program_], tally)
+    return done
