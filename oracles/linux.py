@@ -5,6 +5,7 @@ The kernel is that of a package `linux-image-*-amd64`: installed on this host, o
 """
 
 import lzma
+import os
 import shutil
 import subprocess
 import tempfile
@@ -38,8 +39,11 @@ class Linux(NamedTuple):
 
 
 def find() -> Linux | None:
-    """A kernel of Debian's for x86-64 that is here, the downloaded one first."""
-    for root in (CACHE, Path("/")):
+    """A kernel of Debian's for x86-64 that is here: of the folder that VAPAMA_LINUX names, else
+    that downloaded, else one that is installed.
+    """
+    named = os.environ.get("VAPAMA_LINUX")
+    for root in (Path(named),) if named else (CACHE, Path("/")):
         for kernel in sorted(root.glob("boot/vmlinuz-*-amd64"), reverse=True):
             modules = root / "lib/modules" / kernel.name.removeprefix("vmlinuz-")
             if modules.is_dir():

@@ -159,6 +159,7 @@ class NestedKvm(Emulator):
 
     def __init__(self, npt: bool) -> None:
         super().__init__()
+        self.image = b""
         self.npt, self.name = npt, "kvm-tdp" if npt else "kvm-shadow"
         found = linux.find()
         if found is None:
@@ -203,6 +204,7 @@ class NestedKvm(Emulator):
         finally:
             path.unlink()
         self._shared[AGENT_IMAGE : AGENT_IMAGE + len(self.agent)] = self.agent
+        self.set_image(self.image)
         _, seven_b, self.maxphyaddr, _ = (self._word(4 + i) for i in range(4))
         self.cr4 = SMEP * (seven_b >> 7 & 1) | SMAP * (seven_b >> 20 & 1)
 
@@ -211,6 +213,7 @@ class NestedKvm(Emulator):
 
     def set_image(self, image: bytes) -> None:
         """What a guest's backing holds at power-on."""
+        self.image = image
         self._shared[IMAGE : IMAGE + len(image)] = image
 
     def give(self, commands: Sequence[Command]) -> None:
@@ -301,17 +304,20 @@ def agent_pages(code: bytes) -> bytes:
     return b"".join(pages)
 
 
-DEPARTURES = {
+_OF_BOTH = {
     "table-outside-memory-is-not-present": "what a machine reads there is its own; Linux 6.1, "
     "arch/x86/kvm/mmu/paging_tmpl.h, FNAME(walk_addr_generic)",
-    "dirty-flag-of-a-device-page-is-not-set": "SDM Vol. 3A, 4.8; Linux 6.1, arch/x86/kvm/x86.c, "
-    "vcpu_mmio_gva_to_gpa",
     "code-in-a-device-is-not-emulated": "Linux 6.1, arch/x86/kvm/x86.c, handle_emulation_failure",
     "store-across-pages-is-half-made": "Linux 6.1, arch/x86/kvm/x86.c, emulator_read_write",
 }
-"""The departures of KVM from what the machine allows, with what decides."""
+DEPARTURES = {
+    **_OF_BOTH,
+    "dirty-flag-of-a-device-page-is-not-set": "SDM Vol. 3A, 4.8; Linux 6.1, arch/x86/kvm/x86.c, "
+    "vcpu_mmio_gva_to_gpa",
+}
+"""The departures of KVM's shadow MMU from what the machine allows, with what decides."""
 DEPARTURES_OF_TDP = {
-    **DEPARTURES,
+    **_OF_BOTH,
     "reserved-bit-fault-lacks-p": "SDM Vol. 3A, 4.7; it is QEMU's",
     "reserved-large-page-is-marked-accessed": "SDM Vol. 3A, 4.8; it is QEMU's",
     "nested-fault-of-a-table-is-taken-for-the-access": "APM Vol. 2, 15.25.6; Linux 6.1, "
@@ -321,6 +327,7 @@ DEPARTURES_OF_TDP = {
     "code-behind-read-only-tables-is-emulated": "APM Vol. 2, 15.25.5; Linux 6.1, "
     "arch/x86/kvm/emulate.c",
 }
+"""Those of KVM's MMU for nested page tables, on QEMU."""
 
 
 # PROGRAMS

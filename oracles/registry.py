@@ -3,11 +3,11 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vapama.oracles import departures, kvm, unicorn
+from vapama.oracles import departures, kvm, linux, nested_kvm, unicorn
 from vapama.oracles.bochs import BIOS
 from vapama.oracles.departures import Departure
 from vapama.oracles.qemu import EMULATOR
@@ -47,14 +47,16 @@ def _unicorn() -> str:
     return "" if found else "not installed: pip install 'vapama[unicorn]'"
 
 
-UNICORN_DEPARTURES = tuple(
-    Departure(name, source, source, lambda found: False)
-    for name, source in unicorn.DEPARTURES.items()
-)
+def _named(sources: Mapping[str, str]) -> tuple[Departure, ...]:
+    """Departures that are told from others elsewhere, by name and source."""
+    return tuple(Departure(n, source, source, lambda found: False) for n, source in sources.items())
 
-KVM_DEPARTURES = tuple(
-    Departure(name, source, source, lambda found: False) for name, source in kvm.DEPARTURES.items()
-)
+
+def _nested_kvm() -> str:
+    why = _program("nasm", "gcc", EMULATOR)
+    if not why and linux.find() is None:
+        why = "no kernel of Debian's: `vapama oracles linux` downloads one"
+    return why
 
 
 def _kvm() -> str:
@@ -68,7 +70,10 @@ def _kvm() -> str:
 
 ORACLES = (
     Oracle(
-        "unicorn", "Unicorn: QEMU 5's page walker in this process", _unicorn, UNICORN_DEPARTURES
+        "unicorn",
+        "Unicorn: QEMU 5's page walker in this process",
+        _unicorn,
+        _named(unicorn.DEPARTURES),
     ),
     Oracle(
         "qemu",
@@ -86,6 +91,18 @@ ORACLES = (
         "kvm",
         "KVM's own walk on this host (KVM_TRANSLATE), no guest code run; only when it is named",
         _kvm,
-        KVM_DEPARTURES,
+        _named(kvm.DEPARTURES),
+    ),
+    Oracle(
+        "kvm-shadow",
+        "Linux' KVM with its shadow MMU (npt=0) in QEMU's TCG: programs of guest and host steps",
+        _nested_kvm,
+        _named(nested_kvm.DEPARTURES),
+    ),
+    Oracle(
+        "kvm-tdp",
+        "the same with nested page tables (npt=1), KVM's TDP MMU",
+        _nested_kvm,
+        _named(nested_kvm.DEPARTURES_OF_TDP),
     ),
 )

@@ -1,7 +1,7 @@
 """``vapama oracles``: the real systems that this host has to judge by, and long runs on them."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
@@ -55,8 +55,13 @@ def list_(context: typer.Context, json: Json = False) -> None:
 
 @app.command()
 def run(
-    oracle: Annotated[str, typer.Argument(help="qemu or bochs.")],
-    cases: Annotated[int, typer.Option(min=1, help="How many cases are to be judged.")] = 100_000,
+    oracle: Annotated[str, typer.Argument(help="qemu, bochs, kvm-shadow or kvm-tdp.")],
+    cases: Annotated[
+        int, typer.Option(min=1, help="How many cases, or programs, are to be judged.")
+    ] = 100_000,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Stop after so long (kvm-shadow and kvm-tdp only).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The random seed.")] = 0,
     model: Annotated[
         str | None, typer.Option(help="The emulator's CPU model; the one with most features.")
@@ -70,11 +75,23 @@ def run(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run random cases of every paging mode on a machine, in batches, and judge each."""
+    """Run random cases of every paging mode on a machine, in batches, and judge each; or programs
+    of guest and host steps on a hypervisor.
+    """
     from vapama import oracle_batches, oracle_runs
 
+    if oracle in NESTED:
+        if model is not None or maxphyaddr is not None or compiled:
+            raise BadInput(
+                f"vapama oracles run {oracle}: --model, --maxphyaddr and --compiled are "
+                "about machines that run single cases"
+            )
+        _run_programs(oracle, cases, seed, seconds, json)
     if oracle not in MACHINES:
-        raise BadInput(f"vapama oracles run {oracle}: give one of {', '.join(MACHINES)}")
+        known = ", ".join((*MACHINES, *NESTED))
+        raise BadInput(f"vapama oracles run {oracle}: give one of {known}")
+    if seconds is not None:
+        raise BadInput(f"vapama oracles run {oracle}: --seconds is about kvm-shadow and kvm-tdp")
     given = {"model": model, "maxphyaddr": maxphyaddr}
     options = {name: str(value) for name, value in given.items() if value is not None}
     subject = machine(oracle, options)
@@ -88,6 +105,66 @@ def run(
     else:
         _print(oracle, tally)
     raise typer.Exit(EXIT_COUNTEREXAMPLE if tally.differences else EXIT_HELD)
+
+
+NESTED = {"kvm-shadow": False, "kvm-tdp": True}
+"""Hypervisors that run programs, by whether they use nested paging."""
+
+
+def _run_programs(
+    oracle: str, count: int, seed: int, seconds: float | None, json: bool
+) -> NoReturn:
+    """Run programs on KVM in an emulator, and tell what came of them. Raises `BadInput`."""
+    from vapama import oracle_programs
+    from vapama.oracles.emulator import CannotStart
+    from vapama.oracles.nested_kvm import NestedKvm
+
+    try:
+        hypervisor = NestedKvm(NESTED[oracle])
+    except CannotStart as error:
+        raise BadInput(f"vapama oracles run {oracle}: {error}") from None
+    try:
+        tally = oracle_programs.run(hypervisor, count, seed, seconds, _progress)
+    finally:
+        hypervisor.end()
+    if json:
+        sys.stdout.buffer.write(msgspec.json.format(oracle_programs.as_json(tally)) + b"\n")
+    else:
+        _print_programs(oracle, tally)
+    raise typer.Exit(EXIT_COUNTEREXAMPLE if tally.differences else EXIT_HELD)
+
+
+def _print_programs(oracle: str, tally: Any) -> None:
+    for what, steps in sorted(tally.agreed.items()):
+        console.print(f"{steps:>10,}  {what}")
+    for name, steps in sorted(tally.known.items()):
+        console.print(f"known departure, {name}: {steps:,} steps")
+    for found in tally.differences[:10]:
+        console.print(f"[bold red]difference[/]: {escape(found.what)}", soft_wrap=True)
+        for step in found.program.steps[: found.at + 1]:
+            console.print(f"    {step}", soft_wrap=True, markup=False)
+    deaths = f", {tally.deaths} times started anew" if tally.deaths else ""
+    console.print(
+        f"{oracle}: {tally.judged:,} programs judged in {tally.seconds:.1f} s, "
+        f"{tally.steps:,} steps{deaths}: {len(tally.differences)} unexplained differences"
+    )
+
+
+@app.command()
+def linux(json: Json = False) -> None:
+    """Download Debian's kernel, which kvm-shadow, kvm-tdp and `snapshot capture` boot."""
+    from vapama.oracles import linux as kernels
+    from vapama.oracles.emulator import CannotStart
+
+    try:
+        found = kernels.download()
+    except CannotStart as error:
+        raise BadInput(f"vapama oracles linux: {error}") from None
+    if json:
+        told = {"kernel": str(found.kernel), "modules": str(found.modules)}
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(told)) + b"\n")
+    else:
+        console.print(f"{found.kernel.name} is here", soft_wrap=True)
 
 
 def _progress(tally: Any) -> None:

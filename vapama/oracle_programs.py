@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from vapama.oracles import nested_kvm as k
 from vapama.oracles.emulator import MachineDied
 from vapama.oracles.nested_kvm import Command, NestedKvm, Result, Told
@@ -93,25 +95,38 @@ class Program:
 
 def program(style: Word, words: Sequence[Word], cr4: Word) -> Program:
     """The program that these words stand for, without what cannot be done here."""
-    has = {20: True, 21: cr4 & SMEP, 22: cr4 & SMAP, 25: cr4 & PCIDE}
+    has = {21: cr4 & SMEP, 22: cr4 & SMAP, 25: cr4 & PCIDE}
     for bit, there in has.items():
         if not there:
             style &= ~(1 << bit)
+
+    def decoded(machine: Machine) -> Iterator[Step]:
+        for word in words:
+            step = _adapted(programs.decode(word, machine, style))
+            if not isinstance(step, Rest) and k.can(step, cr4) and not _leaves_agent(step):
+                yield step
+
+    return of_steps(style, words, decoded)
+
+
+def of_steps(
+    style: Word, words: Sequence[Word], steps: Callable[[Machine], Iterator[Step]]
+) -> Program:
+    """The program of these steps, each of which may depend on the control state before it."""
     plan = ready(programs.plan(style))
     machine = Machine(plan)
-    steps, commands = [], []
-    for word in words:
-        step = _adapted(programs.decode(word, machine, style))
-        if isinstance(step, Rest) or not k.can(step, cr4):
-            continue
-        cpu = _cpu(machine, step)
+    made, commands = [], []
+    for step in steps(machine):
+        made.append(step)
+        commands.append(k.command(step, _cpu(machine, step)))
         if isinstance(step, Move):
-            if step.register == "cr3" and step.value >> 12 == programs.DEVICE:
-                continue  # the agent could not be reached
             move(machine.guests[step.guest].processors[step.vcpu], step)
-        steps.append(step)
-        commands.append(k.command(step, cpu))
-    return Program(style, tuple(words), plan, tuple(steps), tuple(commands))
+    return Program(style, tuple(words), plan, tuple(made), tuple(commands))
+
+
+def _leaves_agent(step: Step) -> bool:
+    """Whether it is a root without our agent's entry that CR3 would get."""
+    return isinstance(step, Move) and step.register == "cr3" and step.value >> 12 == programs.DEVICE
 
 
 def _cpu(machine: Machine, step: Step) -> Cpu:
@@ -423,12 +438,11 @@ def _emulates_code(shown: _Shown) -> bool:
 
 BOTH: dict[str, Callable[[_Shown], bool]] = {
     "table-outside-memory-is-not-present": _not_present_outside,
-    "dirty-flag-of-a-device-page-is-not-set": _leaves_device_page_clean,
     "code-in-a-device-is-not-emulated": _fetches_from_device,
     "store-across-pages-is-half-made": _stores_half,
 }
 DEPARTURES: dict[bool, dict[str, Callable[[_Shown], bool]]] = {
-    False: BOTH,
+    False: {**BOTH, "dirty-flag-of-a-device-page-is-not-set": _leaves_device_page_clean},
     True: {
         **BOTH,
         "reserved-bit-fault-lacks-p": _lacks_p,
@@ -519,3 +533,26 @@ def finish(
         give(hypervisor, [program_])
         done += finish(hypervisor, [program_], tally)
     return done
+
+
+def as_json(tally: Tally) -> bytes:
+    """The tally as JSON."""
+    return msgspec.json.encode(
+        {
+            "judged": tally.judged,
+            "steps": tally.steps,
+            "seconds": round(tally.seconds, 3),
+            "deaths": tally.deaths,
+            "agreed": dict(sorted(tally.agreed.items())),
+            "known": dict(sorted(tally.known.items())),
+            "differences": [
+                {
+                    "style": found.program.style,
+                    "words": [hex(word) for word in found.program.words],
+                    "steps": [str(step) for step in found.program.steps[: found.at + 1]],
+                    "what": found.what,
+                }
+                for found in tally.differences
+            ],
+        }
+    )

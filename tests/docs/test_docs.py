@@ -22,10 +22,11 @@ import typer
 
 from vapama.cli import app
 from vapama.impl.optimized import Compiled, Optimized
-from vapama.oracles import bare_metal, kvm
+from vapama.oracles import bare_metal, kvm, linux, nested_kvm
 from vapama.oracles.departures import BOCHS, QEMU
 from vapama.oracles.linux_mm.hugetlb import LinuxHugetlb
 from vapama.oracles.linux_mm.ksm import LinuxKsm
+from vapama.oracles.registry import ORACLES, missing
 from vapama.oracles.unicorn import DEPARTURES, Unicorn
 from vapama.spec import subject as subjects
 from vapama.spec.nondet import ACCESS_DRAWS, CPU_DRAWS
@@ -206,6 +207,8 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     """A shell's environment in which `vapama` and `pytest` are those of this Python."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if linux.CACHE.is_dir():
+        kept["VAPAMA_LINUX"] = str(linux.CACHE)
     return {**kept, "PATH": path, "COLUMNS": "80", "XDG_CACHE_HOME": str(cache), **more}
 
 
@@ -233,8 +236,12 @@ def reader_of(page: Path, tmp_path: Path) -> Reader:
 
 def lacking(block: Block) -> list[str]:
     """What a block needs that is not installed here."""
-    needs = block.options.get("needs", "").split(",")
-    return [name for name in needs if name and importlib.util.find_spec(name) is None]
+    oracles = {oracle.name: oracle for oracle in ORACLES}
+    return [
+        name
+        for name in filter(None, block.options.get("needs", "").split(","))
+        if (missing(oracles[name]) if name in oracles else importlib.util.find_spec(name) is None)
+    ]
 
 
 def name_of(page: Path) -> str:
@@ -364,6 +371,8 @@ def test_every_observation_and_known_departure_is_documented() -> None:
         *DEPARTURES,
         *(d.name for d in QEMU + BOCHS),
         *kvm.DEPARTURES,
+        *nested_kvm.DEPARTURES,
+        *nested_kvm.DEPARTURES_OF_TDP,
     ):
         assert f"`{name}`" in text, name
 
