@@ -30,11 +30,12 @@ from vapama.oracles.native import GENERAL_PROTECTION, PAGE_FAULT, STACK_FAULT
 from vapama.oracles.qemu import EMULATOR
 from vapama.spec.access import Access
 from vapama.spec.cpu import AC, PCIDE, RFLAGS_ONE, SMAP, SMEP, Cpu
-from vapama.spec.outcomes import NonCanonical, PageFault
+from vapama.spec.outcomes import NonCanonical
 from vapama.spec.steps import (
     DeviceWrite,
     Done,
     Evict,
+    Faulted,
     GuestPlan,
     Harvest,
     Harvested,
@@ -54,7 +55,7 @@ from vapama.spec.steps import (
     Stored,
     Unmap,
 )
-from vapama.spec.words import WORD, Word
+from vapama.spec.words import Word
 
 SOURCES = Path(__file__).parent / "guest"
 PAGE = 0x1000
@@ -446,9 +447,8 @@ def _accessed(access: Access, result: Result) -> Seen:
                 return Stored(found.devices)
             return Loaded(stamped(found.data) if access.fetch else found.data)
     elif found.where in ({start, address} if access.fetch else {start}):
-        pages = {address, (address | 0xFFF) + 1 & WORD} if address & 0xFFF > 0xFF8 else {address}
-        if found.vector == PAGE_FAULT and found.fault in pages:
-            return PageFault(found.error, ())
+        if found.vector == PAGE_FAULT:
+            return Faulted(found.error, found.fault)
         if found.vector in (GENERAL_PROTECTION, STACK_FAULT):
             return NonCanonical()
     raise Told(

@@ -34,12 +34,12 @@ from vapama.spec.outcomes import (
     Outcome,
     OutsideMemory,
     P,
-    PageFault,
     Translated,
 )
 from vapama.spec.paging import ACCESSED, DIRTY, PAGE_SIZE, PRESENT
 from vapama.spec.steps import (
     DeviceWrite,
+    Faulted,
     Load,
     Loaded,
     Move,
@@ -307,7 +307,7 @@ class _Shown:
 
 def _not_present_outside(shown: _Shown) -> bool:
     seen = shown.seen()
-    return isinstance(seen, PageFault) and any(
+    return isinstance(seen, Faulted) and any(
         isinstance(outcome, OutsideMemory) and shown.allows(outcome)
         for outcome in shown.outcomes()
         if seen.error_code & (P | RSVD) == 0
@@ -316,15 +316,15 @@ def _not_present_outside(shown: _Shown) -> bool:
 
 def _lacks_p(shown: _Shown) -> bool:
     seen = shown.seen()
-    if not isinstance(seen, PageFault) or seen.error_code & (P | RSVD) != RSVD:
+    if not isinstance(seen, Faulted) or seen.error_code & (P | RSVD) != RSVD:
         return False
-    return shown.allows(PageFault(seen.error_code | P))
+    return shown.allows(seen._replace(error_code=seen.error_code | P))
 
 
 def _marks_reserved(shown: _Shown) -> bool:
     """The same, and the large page that has the reserved bit is marked accessed."""
     seen, number = shown.seen(), shown.step.guest
-    if not isinstance(seen, PageFault) or seen.error_code & (P | RSVD) != RSVD:
+    if not isinstance(seen, Faulted) or seen.error_code & (P | RSVD) != RSVD:
         return False
     entries = filter(shown.is_writable, shown.entries())
     large = {entry for entry in entries if shown.look(number, entry) & PAGE_SIZE}
@@ -335,7 +335,7 @@ def _marks_reserved(shown: _Shown) -> bool:
             return now
         return now & ~ACCESSED | shown.guest.load(address) & ACCESSED
 
-    if not shown.allows(PageFault(seen.error_code | P), unmarked):
+    if not shown.allows(seen._replace(error_code=seen.error_code | P), unmarked):
         return False
     shown.adopt()
     return True
@@ -366,7 +366,7 @@ def _leaves_device_page_clean(shown: _Shown) -> bool:
 def _stores_half(shown: _Shown) -> bool:
     """A store across two pages was made in the first, though the second faulted."""
     step, seen = shown.step, shown.seen()
-    if not isinstance(step, Store) or not isinstance(seen, PageFault):
+    if not isinstance(step, Store) or not isinstance(seen, Faulted):
         return False
     first, *others = pieces(step.access.address)
     low = first.address & 7
@@ -461,7 +461,7 @@ def _kind(step: Step, seen: Seen) -> str:
             return "fetched" if isinstance(step, Load) and step.access.fetch else "loaded"
         case Stored(devices):
             return "stored to a device" if devices else "stored"
-        case PageFault(code):
+        case Faulted(code):
             return "page fault with RSVD" if code & RSVD else "page fault"
         case NonCanonical():
             return "non-canonical address"
