@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as np_typing
 
 from vapama.impl.faculties import HostMemory
-from vapama.impl.kernels import ept, legacy, long_mode, nested, npt, tlb
-from vapama.impl.tlb import Operations, Overlay
+from vapama.impl.kernels import ept, legacy, long_mode, nested, npt, tlb, tlb_nested
+from vapama.impl.tlb import GuestOperations, Operations, Overlay
 from vapama.impl.vmm import Vmm
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LMA, LME, PAE, PE, PG, Cpu
@@ -32,6 +32,7 @@ from vapama.spec.subject import (
     CACHED,
     EFFECTS,
     ERROR_CODE,
+    GUEST_TLB,
     LEVEL,
     LOADS,
     MANY,
@@ -49,6 +50,7 @@ from vapama.spec.subject import (
     VMM,
     Cached,
     Capabilities,
+    GuestTlb,
     NotCovered,
     Tlb,
 )
@@ -177,7 +179,7 @@ class Optimized(HostMemory):
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
         | {OTHER_MODES, MASKING, SHADOW_STACKS}
-        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, CACHED, NESTED, NESTED_MANY}
+        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, GUEST_TLB, CACHED, NESTED, NESTED_MANY}
         | HostMemory.OBSERVES,
         symbolic=True,
     )
@@ -307,6 +309,18 @@ class Optimized(HostMemory):
         """A processor with a software TLB, a small one unless told otherwise."""
         return SoftwareTlb(cpu, memory, vpid, sets, ways)
 
+    def guest_tlb(
+        self,
+        cpu: Cpu,
+        stage: Stage,
+        memory: Memory,
+        vpid: Word = 1,
+        sets: int = 1,
+        ways: int = 4,
+    ) -> GuestTlb:
+        """A processor with a software TLB that runs a guest on a second stage."""
+        return SoftwareGuestTlb(cpu, stage, memory, vpid, sets, ways)
+
 
 class SoftwareTlb(Operations):
     """The kernels of the TLB as they are written, on a memory that can be written to."""
@@ -334,6 +348,42 @@ class SoftwareTlb(Operations):
         for address, bits in marks.updates:
             self.memory.write(address, self.memory.load(address) | bits)
         return outcome(status, value, marks.updates)
+
+    def write(self, address: Word, value: Word) -> None:
+        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
+        self.memory.write(address, value)
+
+
+class SoftwareGuestTlb(GuestOperations):
+    """The kernels of a guest's TLB as they are written, on a memory that can be written to."""
+
+    def __init__(
+        self, cpu: Cpu, stage: Stage, memory: Memory, vpid: Word, sets: int, ways: int
+    ) -> None:
+        super().__init__(cpu, stage, vpid, sets, ways)
+        self.memory = Overlay(memory)
+
+    def translate(self, access: Access) -> Outcome:
+        """The outcome of an access; its updates are the flags that it set in memory."""
+        marks = Marks()
+        status, value, gpa = tlb_nested.translate(
+            self.translations,
+            self.structures,
+            self.physical,
+            self.memory,
+            marks,
+            self.memory.limit >> 3,
+            *nested_controls(self.cpu, self.stage),
+            self.address_space(),
+            self.cpu.cr4 >> 7 & 1,
+            access.address,
+            access_word(access),
+            self.paths,
+            self.trace,
+        )
+        for address, bits in marks.updates:
+            self.memory.write(address, self.memory.load(address) | bits)
+        return nested_outcome(self.stage, gpa, status, value, marks.updates)
 
     def write(self, address: Word, value: Word) -> None:
         """Put `value` into the entry at `address` in memory, which invalidates nothing."""
@@ -486,6 +536,16 @@ class Compiled:
             raise NotCovered(f"a memory of {memory.limit:#x} bytes: no image is made of it")
         return CompiledTlb(cpu, memory, vpid, sets, ways)
 
+    def guest_tlb(
+        self, cpu: Cpu, stage: Stage, memory: Memory, vpid: Word = 1, sets: int = 1, ways: int = 4
+    ) -> GuestTlb:
+        """A processor with a software TLB that runs a guest on a second stage. It takes so long to
+        compile that the subject does not offer it to checks; a test compares it with its source.
+        """
+        if not isinstance(memory, Sparse):
+            raise NotCovered("machine code runs on memory that can be laid out")
+        return CompiledGuestTlb(cpu, stage, memory, vpid, sets, ways)
+
     def translate_nested(self, cpu: Cpu, stage: Stage, memory: Sparse, access: Access) -> Outcome:
         """The outcome of the compiled two-dimensional walk, with the flags that it set."""
         words = nested_controls(cpu, stage)
@@ -546,14 +606,12 @@ class Compiled:
         return self._image, indices
 
 
-class CompiledTlb(Operations):
-    """The machine code of the TLB's kernels, on an image of memory."""
+class MachineCode(Operations):
+    """A TLB whose kernels run as machine code, on an image of memory."""
 
-    def __init__(self, cpu: Cpu, memory: Sparse, vpid: Word, sets: int, ways: int) -> None:
-        from vapama.impl.kernels.compiled import compiled
+    image: Any
 
-        self.compiled = compiled
-        super().__init__(cpu, vpid, sets, ways)
+    def _load(self, memory: Sparse) -> None:
         self.image = self._array(memory.limit >> 3)
         for address, value in memory.touched.items():
             self.image[address >> 3] = value
@@ -561,16 +619,41 @@ class CompiledTlb(Operations):
     def _array(self, count: int) -> Any:
         return np.zeros(count, dtype=np.uint64)
 
+    def _table(self, rows: int, columns: int) -> Any:
+        return np.zeros((rows, columns), dtype=np.uint64)
+
     def _run(self, kernel: Callable[..., Any], cache: Any, *words: Word) -> Any:
-        return self.compiled(kernel)(cache, *_words(*words))
+        return _compiled(kernel)(cache, *_words(*words))
 
     def _call(self, kernel: Callable[..., Any], *words: Word) -> Any:
-        return self.compiled(kernel)(self.translations, self.structures, *_words(*words))
+        return _compiled(kernel)(self.translations, self.structures, *_words(*words))
+
+    def _updates(self, before: Any) -> tuple[Update, ...]:
+        return tuple(
+            Update(int(index) << 3, int(self.image[index] & ~before[index]))
+            for index in np.flatnonzero(before != self.image)
+        )
+
+    def write(self, address: Word, value: Word) -> None:
+        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
+        self.image[address >> 3] = value
+
+    def cached(self) -> list[Cached]:
+        """All that is cached."""
+        return [Cached(*map(int, found)) for found in super().cached()]
+
+
+class CompiledTlb(MachineCode):
+    """The machine code of the TLB's kernels."""
+
+    def __init__(self, cpu: Cpu, memory: Sparse, vpid: Word, sets: int, ways: int) -> None:
+        super().__init__(cpu, vpid, sets, ways)
+        self._load(memory)
 
     def translate(self, access: Access) -> Outcome:
         """The outcome of an access; its updates are the bits that it newly set in memory."""
         before = self.image.copy()
-        status, value = self.compiled(tlb.translate)(
+        status, value = _compiled(tlb.translate)(
             self.translations,
             self.structures,
             self.image,
@@ -580,19 +663,40 @@ class CompiledTlb(Operations):
             *_words(access.address, access_word(access)),
             self.path,
         )
-        updates = tuple(
-            Update(int(index) << 3, int(self.image[index] & ~before[index]))
-            for index in np.flatnonzero(before != self.image)
+        return outcome(int(status), int(value), self._updates(before))
+
+
+class CompiledGuestTlb(MachineCode, GuestOperations):
+    """The machine code of those of a guest's TLB."""
+
+    def __init__(
+        self, cpu: Cpu, stage: Stage, memory: Sparse, vpid: Word, sets: int, ways: int
+    ) -> None:
+        GuestOperations.__init__(self, cpu, stage, vpid, sets, ways)
+        self._load(memory)
+
+    def translate(self, access: Access) -> Outcome:
+        """The outcome of an access; its updates are the bits that it newly set in memory."""
+        before = self.image.copy()
+        status, value, gpa = _compiled(tlb_nested.translate)(
+            self.translations,
+            self.structures,
+            self.physical,
+            self.image,
+            self.image,
+            *_words(len(self.image), *nested_controls(self.cpu, self.stage)),
+            *_words(self.address_space(), self.cpu.cr4 >> 7 & 1),
+            *_words(access.address, access_word(access)),
+            self.paths,
+            self.trace,
         )
-        return outcome(int(status), int(value), updates)
+        return nested_outcome(self.stage, int(gpa), int(status), int(value), self._updates(before))
 
-    def write(self, address: Word, value: Word) -> None:
-        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
-        self.image[address >> 3] = value
 
-    def cached(self) -> list[Cached]:
-        """All that is cached."""
-        return [Cached(*map(int, found)) for found in super().cached()]
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    from vapama.impl.kernels.compiled import compiled
+
+    return compiled(kernel)
 
 
 def translate_nested_array(

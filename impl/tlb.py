@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from vapama.impl.kernels import tlb
+from vapama.impl.kernels import tlb, tlb_nested
 from vapama.spec.cpu import NXE, PAE, PCIDE, PG, SMEP, Cpu
 from vapama.spec.memory import Memory
+from vapama.spec.stage import Ept, Stage
 from vapama.spec.subject import Cached
 from vapama.spec.words import Word, ite
 
@@ -140,3 +141,37 @@ class Operations:
                     address = region << (3 + 9 * level)
                     found.append(Cached(is_table, level, address, entry, vpid, pcid, is_global))
         return found
+
+
+class GuestOperations(Operations):
+    """Those of a processor that runs a guest on a second stage; its VPID may be an ASID."""
+
+    def __init__(self, cpu: Cpu, stage: Stage, vpid: Word, sets: int, ways: int) -> None:
+        super().__init__(cpu, vpid, sets, ways)
+        self.stage = stage
+        self.physical = self._cache(sets, ways)
+        self.paths = self._table(6, 6)
+        self.trace = self._array(18)
+
+    def _table(self, rows: int, columns: int) -> Any:
+        return [self._array(columns) for _ in range(rows)]
+
+    def enter(self, cpu: Cpu, stage: Stage, vpid: Word = 1, tlb_control: int = 0) -> None:
+        """A VM entry (after a VM exit) or VMRUN to a guest with this control state, second stage
+        and VPID or ASID.
+        """
+        if isinstance(stage, Ept):
+            self.vm_transition(cpu, vpid)
+        self.cpu, self.stage, self.vpid = cpu, stage, vpid
+        if tlb_control == 1:
+            self._call(tlb.invvpid, 2, 0, 0)
+        elif tlb_control:
+            self._call(tlb.drop_vpid, tlb.space_tag(vpid, 0), 1 if tlb_control == 3 else 0)
+        if tlb_control in (1, 3):
+            # What nested page tables say is cached for whatever ASID, so all of it goes.
+            self._run(tlb.drop, self.physical, 0, 0, 0, 0)
+
+    def invept(self, kind: int, eptp: Word = 0) -> None:
+        """INVEPT of a type."""
+        for cache in (self.translations, self.structures, self.physical):
+            self._run(tlb_nested.drop_space, cache, kind, eptp)

@@ -63,6 +63,8 @@ VMM = "vmm"
 """Has `vmm`: it runs programs of guest and host steps as a hypervisor."""
 TLB = "tlb"
 """Has `tlb`: a processor that caches translations."""
+GUEST_TLB = "guest tlb"
+"""Has `guest_tlb`: a processor that caches what two stages translate."""
 CACHED = "cached"
 """What that processor has cached can be set up (`Tlb.put`), on any memory, whatever is in it."""
 KSM = "ksm"
@@ -153,6 +155,20 @@ class Tlb(Protocol):
 
     def cached(self) -> list[Cached]:
         """All that is cached."""
+
+
+class GuestTlb(Tlb, Protocol):
+    """A processor that runs a guest on a second stage: what `guest_tlb` gives.
+
+    `guest_tlb(cpu, stage, memory, vpid=1, sets=1)` begins with nothing cached; memory is the
+    host's. With nested paging a VPID is an ASID.
+    """
+
+    def enter(self, cpu: Cpu, stage: Stage, vpid: Word = 1, tlb_control: int = 0) -> None:
+        """A VM entry or VMRUN to a guest with this control state and second stage."""
+
+    def invept(self, kind: int, eptp: Word = 0) -> None:
+        """INVEPT of type 1 or 2."""
 
 
 class Subject(Protocol):

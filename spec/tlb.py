@@ -614,10 +614,10 @@ def _matches(allowed: Allowed, observed: Outcome, memory: Memory) -> Condition:
             return True
         case _:
             return False
-    return same & _within(allowed.must, did, memory) & _within(did, may, memory)
+    return same & within(allowed.must, did, memory) & within(did, may, memory)
 
 
-def _within(some: Sequence[Update], others: Sequence[Update], memory: Memory) -> Condition:
+def within(some: Sequence[Update], others: Sequence[Update], memory: Memory) -> Condition:
     """Whether all flags of `some` that memory has not set yet are among those of `others`."""
     within: Condition = True
     for address, bits in some:

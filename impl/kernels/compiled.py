@@ -20,8 +20,8 @@ from vapama.spec.words import WORD
 
 Kernel = Callable[..., Any]
 
-APART = ("walk_stage",)
-"""Kernels too large to be inlined: two walks, called from several places."""
+APART = ("walk_stage", "second", "walk_cached", "commit")
+"""Kernels too large to be inlined: two walks, called from several places, and what calls them."""
 
 _compiled: dict[Kernel, Kernel] = {}
 

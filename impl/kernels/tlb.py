@@ -418,12 +418,3 @@ def invvpid(
         drop(structures, VALID, VALID, 0, 0)
     else:
         drop_vpid(translations, structures, space_tag(vpid, 0), 0)
-
-
-def invept(translations: Cache, structures: Cache, kind: Word, ep4ta: Word) -> None:
-    """INVEPT: combined mappings, type 1 of an EP4TA, type 2 of all."""
-    mask, value = 1, 1
-    if kind == 1:
-        mask, value = FRAME | 1, ep4ta & FRAME | 1
-    drop(translations, VALID, VALID, mask, value)
-    drop(structures, VALID, VALID, mask, value)

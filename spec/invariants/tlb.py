@@ -23,7 +23,7 @@ from vapama.spec.cpu import (
 from vapama.spec.domains import CR4, ENTRY, FLAG, Domain
 from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import ACCESS_DRAWS, CPU_DRAWS, Nondet, invariant
-from vapama.spec.outcomes import P, PageFault, Translated, kind
+from vapama.spec.outcomes import Outcome, P, PageFault, Translated, kind
 from vapama.spec.paging import (
     ACCESSED,
     DIRTY,
@@ -92,18 +92,22 @@ class World:
         assert processor.allows(access, observed), f"{observed} is not allowed"
 
         # FOLLOW
-        fresh = processor.fresh(access)
-        if isinstance(observed, PageFault):
-            if isinstance(fresh, Translated):
-                self.nondet.reach("a fault that memory does not call for")
-            processor.page_fault(access.address)
-        elif isinstance(observed, Translated):
-            if not isinstance(fresh, Translated) or fresh.pa != observed.pa:
-                self.nondet.reach("a page that memory does not name any more")
+        self.follow(access, observed)
+        if isinstance(observed, Translated):
             for address, bits in observed.updates:
                 entry = history.load(address)
                 if entry | bits != entry:
                     history.write(address, entry | bits)
+
+    def follow(self, access: Access, observed: Outcome) -> None:
+        """What the outcome of an access drops."""
+        fresh = self.processor.fresh(access)
+        if isinstance(observed, PageFault):
+            if isinstance(fresh, Translated):
+                self.nondet.reach("a fault that memory does not call for")
+            self.processor.page_fault(access.address)
+        elif isinstance(observed, Translated) and getattr(fresh, "pa", None) != observed.pa:
+            self.nondet.reach("a page that memory does not name any more")
 
     def nothing(self) -> None:
         """Nothing happens."""
@@ -193,7 +197,8 @@ def _writes() -> list[Operation]:
     return found
 
 
-def _invalidations() -> list[Operation]:
+def invalidations() -> list[Operation]:
+    """What drops mappings by linear address, of one PCID or of any."""
     return [
         *(Operation(f"INVLPG {a:#x}", "invlpg", (a,)) for a in ADDRESSES),
         *(
@@ -207,7 +212,8 @@ def _invalidations() -> list[Operation]:
     ]
 
 
-def _registers() -> list[Operation]:
+def registers() -> list[Operation]:
+    """New values for the registers that translation depends on."""
     operands = [root | pcid | keep for root in ROOTS for pcid in PCIDS for keep in (0, KEEP)]
     toggled = (
         *(("cr4", bit) for bit in (PGE, PCIDE, SMEP, SMAP, PKE)),
@@ -233,7 +239,7 @@ def _vmx() -> list[Operation]:
 NOTHING = Operation("", "nothing", ())
 """The first choice, which a program is shrunk to."""
 ACCESSES, WRITES = _accesses(), _writes()
-WIDE = [NOTHING, *ACCESSES * 8, *WRITES * 2, *_invalidations(), *_registers() * 2, *_vmx()]
+WIDE = [NOTHING, *ACCESSES * 8, *WRITES * 2, *invalidations(), *registers() * 2, *_vmx()]
 """Steps of programs at random, as often as they are to come."""
 NARROW = [
     NOTHING,

@@ -9,9 +9,11 @@ from vapama.fuzz.decoded import RandomDraws
 from vapama.impl.optimized import Compiled, Optimized
 from vapama.spec.access import Access
 from vapama.spec.cpu import LMA, LME, NXE, PAE, PCIDE, PE, PG, WP, Cpu
+from vapama.spec.invariants import tlb_nested
 from vapama.spec.invariants.tlb import ARENA, LIMIT, WIDE, World
 from vapama.spec.memory import Sparse
 from vapama.spec.outcomes import PageFault, Translated
+from vapama.spec.stage import Stage
 
 CPU = Cpu(PG | PE | WP, 0x1000, PAE | PCIDE, LME | LMA | NXE)
 
@@ -27,6 +29,11 @@ class Both:
     def tlb(self, cpu: Cpu, memory: Any, sets: int) -> "Both":
         self.written = Optimized().tlb(cpu, memory, sets=sets)
         self.compiled = Compiled().tlb(cpu, memory, sets=sets)
+        return self
+
+    def guest_tlb(self, cpu: Cpu, stage: Stage, memory: Any, sets: int) -> "Both":
+        self.written = Optimized().guest_tlb(cpu, stage, memory, sets=sets)
+        self.compiled = Compiled().guest_tlb(cpu, stage, memory, sets=sets)
         return self
 
     def translate(self, access: Access) -> Any:
@@ -47,6 +54,16 @@ class Both:
             assert self.written.cached() == self.compiled.cached()
 
         return both
+
+
+def test_machine_code_does_for_a_guest_what_the_source_does() -> None:
+    both, random = Both(), Random(0)
+    for setup in tlb_nested.SETUPS * 4:
+        world = tlb_nested.GuestWorld(RandomDraws(random), both, setup)
+        for _ in range(40):
+            operation = random.choice(tlb_nested.WIDE[setup.kind])
+            getattr(world, operation.method)(*operation.arguments)
+    assert both.cached_alike > 200
 
 
 def test_machine_code_does_what_the_source_does() -> None:

@@ -11,8 +11,8 @@ import pytest
 from vapama.spec.access import Access
 from vapama.spec.cpu import LMA, LME, PAE, PCIDE, PE, PG, WP, Cpu, ImpossibleState
 from vapama.spec.memory import Sparse
-from vapama.spec.outcomes import EptViolation, PageFault, Translated
-from vapama.spec.stage import Ept
+from vapama.spec.outcomes import EptViolation, NestedPageFault, PageFault, Translated
+from vapama.spec.stage import Ept, Npt
 from vapama.spec.tlb import KEEP, PGE, History
 from vapama.spec.tlb_nested import GuestProcessor
 
@@ -40,7 +40,7 @@ def guest(pte: int = TABLES[PTE]) -> GuestProcessor:
 
 def pages(one: GuestProcessor) -> set[int | str]:
     """The host's pages that a read may go to, and how else it may end."""
-    names = {PageFault: "fault", EptViolation: "violation"}
+    names = {PageFault: "fault", EptViolation: "violation", NestedPageFault: "violation"}
     return {
         outcome.pa & ~0xFFF if isinstance(outcome, Translated) else names[type(outcome)]
         for outcome in one.outcomes(READ)
@@ -63,7 +63,7 @@ NEITHER: list[Operation] = [
     lambda p: p.invvpid(1, 2),
     lambda p: p.invlpg(0x1000),
     lambda p: p.mov_cr3(p.cpu.cr3 | KEEP),
-    lambda p: p.enter(p.cpu, p.ept),
+    lambda p: p.enter(p.cpu, p.stage),
 ]
 
 
@@ -124,3 +124,40 @@ def test_a_global_page_of_the_guest_outlives_mov_cr3() -> None:
 def test_there_are_two_types_of_invept() -> None:
     with pytest.raises(ImpossibleState, match="INVEPT type 0"):
         guest().invept(0)
+
+
+NPT_TABLES = {at: entry & ~0xFFF | URW for at, entry in EPT_TABLES.items()}
+
+
+def amd_guest() -> GuestProcessor:
+    cpu = Cpu(PG | PE | WP, 0x4001, PAE | PGE | PCIDE, LME | LMA)
+    other = {0x25000: 0x21000 | URW}
+    return GuestProcessor(
+        History(Sparse({**TABLES, **NPT_TABLES, **other}, 0x40000)), cpu, Npt(EPT_ROOT)
+    )
+
+
+@pytest.mark.parametrize(("control", "pages_left"), [(0, 2), (1, 1), (3, 1), (7, 2)])
+def test_with_nested_paging_tlb_control_drops_what_the_host_changed(
+    control: int, pages_left: int
+) -> None:
+    # 7 leaves what is global, and with it what the second stage said of it.
+    one = amd_guest()
+    one.history.write(PTE, TABLES[PTE] | GLOBAL)
+    one.history.time += 1
+    one.history.write(EPT_TABLE + 8 * 9, 0x1A000 | URW)
+    one.invpcid(2)
+    one.invlpga(0, 1)
+    assert pages(one) == {0x19000, 0x1A000}
+    one.enter(one.cpu, one.stage, 1, control)
+    assert len(pages(one)) == pages_left
+
+
+def test_with_nested_paging_another_root_drops_nothing_of_its_asid() -> None:
+    one = amd_guest()
+    one.enter(one.cpu, Npt(0x26000), 1)
+    assert 0x19000 in pages(one)
+    one.enter(one.cpu, Npt(0x26000), 2)
+    assert 0x19000 not in pages(one)
+    one.enter(one.cpu, Npt(0x26000), 1, 3)
+    assert 0x19000 not in pages(one)
