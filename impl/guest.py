@@ -6,7 +6,7 @@ one. What maps guest frames for a real core to walk is the guest's MMU: see `vap
 `vapama.impl.tdp`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vapama.impl.hardware import Frames, Ram
@@ -89,8 +89,19 @@ class Guest:
             self.vcpus.append(Vcpu(i, cpu, self.mmu.new_core()))
         for vcpu in self.vcpus:
             self.mmu.power_on(vcpu)
-        for address, word in own.image.items():
-            self.put(address, word)
+        self._begin_with(own.image)
+
+    def _begin_with(self, image: Mapping[int, int]) -> None:
+        """Put words into memory by address, before anything is mapped or logged."""
+        bases: dict[int, int] = {}
+        for address, word in image.items():
+            gfn = address >> 12
+            if gfn not in bases:
+                slot = self.slot_of(gfn)
+                if slot is None:
+                    raise NotRam(address)
+                bases[gfn] = self.backing.fault(slot.page + gfn - slot.gfn, True)[0] << 9
+            self.ram[bases[gfn] | address >> 3 & 511] = word
 
     # From guest frames to frames of machine memory.
 

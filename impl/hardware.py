@@ -5,16 +5,21 @@ entries of the upper levels, until it is told to drop them. It evicts nothing by
 would be wrong to rely on stays visible for as long as the architecture lets it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from vapama.impl.kernels import ept, long_mode, npt
+from vapama.impl.kernels import ept, legacy, long_mode, npt
 from vapama.spec.anatomy import Cached
 from vapama.spec.cpu import Cpu
 
 PAGE_WORDS = 512
 ACCESSED, DIRTY = 1 << 5, 1 << 6
 FRAME = 0x000F_FFFF_FFFF_F000
+# How a processor reads its tables: by the rules of 4-level and 5-level paging, of PAE paging, of
+# 32-bit paging without and with 4-MByte pages, or not at all, with paging off.
+LONG_MODE, PAE_PAGING, PAGING_32, PAGING_32_PSE, OFF = range(5)
+SHORT_ENTRIES = (PAGING_32, PAGING_32_PSE)
+"""Where entries have 4 bytes."""
 LIMIT_WORDS = 1 << 49
 """Machine memory ends, for a walk, where MAXPHYADDR does: tables are checked to lie in frames."""
 
@@ -44,6 +49,17 @@ class Ram(dict[int, int]):
         """Copy a frame's words to a cleared frame."""
         for i, word in self.page(source).items():
             self[target << 9 | i] = word
+
+
+def paging_of(cpu: Cpu) -> int:
+    """How a processor with these control registers reads its tables."""
+    if not cpu.cr0 >> 31 & 1:
+        return OFF
+    if cpu.efer >> 8 & 1:
+        return LONG_MODE
+    if cpu.cr4 >> 5 & 1:
+        return PAE_PAGING
+    return PAGING_32 + (cpu.cr4 >> 4 & 1)
 
 
 class NoFrames(Exception):
@@ -140,8 +156,12 @@ class Core:
         "code_mask",
         "levels",
         "mode",
+        "paging",
         "path",
         "pcid",
+        "pdptes",
+        "pkrs",
+        "pkru",
         "ram",
         "reserved",
         "root",
@@ -157,18 +177,59 @@ class Core:
         self.upper: Upper = {}
         self.view = Caching(ram, self.upper)
         self.path = [0] * 6
-        self.mode = self.reserved = self.root = self.pcid = 0
-        self.levels = 4
+        self.mode = self.reserved = self.root = self.pcid = self.pkru = self.pkrs = 0
+        self.levels, self.paging = 4, LONG_MODE
+        self.pdptes: Sequence[int] | None = None
         self.code_mask = 0
         self.walks = 0
 
     def control(self, cpu: Cpu, root: int, pcid: int) -> None:
         """Run under these control registers (CR3's PCID aside), on the tables at `root`."""
-        self.mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
-        self.reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
-        self.levels = cpu.levels
+        self.paging, self.pdptes = paging_of(cpu), cpu.pdptes
+        if self.paging == LONG_MODE:
+            self.mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
+            self.reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
+            self.levels = 4 + (cpu.cr4 >> 12 & 1)
+        else:
+            registers = 0 if cpu.pdptes is None else 1
+            self.mode = legacy.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, registers)
+            self.reserved = legacy.reserved_word(cpu.cr4, cpu.efer, cpu.maxphyaddr, cpu.pse36)
+            self.levels = 0 if self.paging == OFF else 2
         self.root, self.pcid = root, pcid << 54
-        self.code_mask = (cpu.nxe | cpu.smep) << 4
+        self.code_mask = (cpu.nxe & cpu.cr4 >> 5 & 1 | cpu.smep) << 4
+
+    def _tables(self, address: int, access: int, path: list[int]) -> tuple[int, int]:
+        """The walk of its tables, through what is cached of their upper levels."""
+        view, levels = self.view, self.levels
+        if self.paging == LONG_MODE:
+            view.start(self.pcid, address, levels)
+            return long_mode.walk(
+                view,
+                LIMIT_WORDS,
+                self.mode,
+                self.reserved,
+                self.root,
+                self.pkru,
+                self.pkrs,
+                address,
+                access,
+                path,
+            )
+        pdptes = self.pdptes
+        if self.paging == PAE_PAGING and pdptes is None:
+            levels += 1  # the PDPTE is read from memory
+        view.start(self.pcid, address, levels)
+        return legacy.walk(
+            view,
+            LIMIT_WORDS,
+            self.mode,
+            self.reserved,
+            self.root,
+            pdptes or (),
+            address,
+            access,
+            path,
+        )
 
     def translate(self, address: int, access: int) -> tuple[int, int]:
         """What becomes of an access: (status, value) as the kernel `walk` has it.
@@ -201,10 +262,7 @@ class Core:
     def _walk(self, address: int, access: int) -> tuple[int, int]:
         self.walks += 1
         path, view, ram = self.path, self.view, self.ram
-        view.start(self.pcid, address, self.levels)
-        status, value = long_mode.walk(
-            view, LIMIT_WORDS, self.mode, self.reserved, self.root, 0, 0, address, access, path
-        )
+        status, value = self._tables(address, access, path)
         if status >= long_mode.FAULT:
             if status == long_mode.FAULT:
                 self.forget(address)
@@ -272,11 +330,10 @@ class TwoStageCore(Core):
         "combined",
         "gpa",
         "guest_path",
-        "pkrs",
-        "pkru",
         "places",
         "stage",
         "stage_access",
+        "stage_levels",
         "stage_mode",
         "stage_reserved",
         "stage_root",
@@ -289,11 +346,11 @@ class TwoStageCore(Core):
     """The status of an access that the second stage did not let pass: `gpa` and `stage_access` tell
     which it was, `stage_value` what the stage's kernel said."""
 
-    def __init__(self, ram: Ram, stage: Any, mode: int, reserved: int) -> None:
+    def __init__(self, ram: Ram, stage: Any, mode: int, reserved: int, levels: int) -> None:
         super().__init__(ram)
+        self.stage_levels = levels
         self.stage, self.stage_mode, self.stage_reserved = stage, mode, reserved
         self.stage_root = self.gpa = self.stage_access = self.stage_value = 0
-        self.pkru = self.pkrs = 0
         self.guest_path = [0] * 6
         self.view = Caching(self, self.upper)
         self.stage_upper: dict[int, int] = {}
@@ -325,7 +382,7 @@ class TwoStageCore(Core):
         if status > 3:
             self.gpa, self.stage_access, self.stage_value = gpa, access, value
             raise LeftGuest
-        for level in range(4, status, -1):
+        for level in range(self.stage_levels, status, -1):
             self.stage_upper.setdefault(path[level], self.ram[path[level]])
         return int(value)
 
@@ -335,7 +392,9 @@ class TwoStageCore(Core):
         hit = self.tlb.get(key)
         if hit is not None:
             frame, last = self.combined[key]
-            status, value = self._finish(address, access, *hit)
+            status, value = 1, 0
+            if self.paging != OFF:
+                status, value = self._finish(address, access, *hit)
             if status == long_mode.FAULT:
                 self.forget(address)
                 return status, value
@@ -378,19 +437,7 @@ class TwoStageCore(Core):
         self.walks += 1
         # THE GUEST'S TABLES
         guest_path, view = self.guest_path, self.view
-        view.start(self.pcid, address, self.levels)
-        status, gpa = long_mode.walk(
-            view,
-            LIMIT_WORDS,
-            self.mode,
-            self.reserved,
-            self.root,
-            self.pkru,
-            self.pkrs,
-            address,
-            access,
-            guest_path,
-        )
+        status, gpa = self._tables(address, access, guest_path)
         if status > 3:
             if status == long_mode.FAULT:
                 self.forget(address)
@@ -401,10 +448,14 @@ class TwoStageCore(Core):
         last = self.ram[self.path[1]]
 
         # THE GUEST'S FLAGS
-        rights, no_execute, entry = 6, 0, 0
-        for level in range(self.levels, status - 1, -1):
-            index, entry = guest_path[level], view.read[level]
-            need = ACCESSED | (DIRTY if level == status and access & 2 else 0)
+        rights, no_execute, entry = 6, 0, ACCESSED | DIRTY
+        short = self.paging in SHORT_ENTRIES
+        for level in range(self.levels, max(status, 1) - 1, -1):
+            index, half = guest_path[level], 0
+            if short:
+                index, half = index >> 1, (index & 1) << 5
+            entry = view.read[level]
+            need = (ACCESSED | (DIRTY if level == status and access & 2 else 0)) << half
             if entry & need != need:
                 place = self._second(index << 3, TABLE | 2) >> 3
                 self.ram[place] |= need
@@ -412,10 +463,13 @@ class TwoStageCore(Core):
                 view.read[level] = entry
             if level > status:
                 view.keep(level, self.places.get(index, 0))
+            if short:
+                entry = entry >> half & 0xFFFF_FFFF
             rights &= entry
             no_execute |= entry >> 63
         key = self.pcid | (address >> 12) << 2 | 1
-        self.tlb[key] = entry, rights, no_execute, status, 3 + 9 * status
+        shift = 3 + 9 * status + (1 if short and status == 2 else 0)
+        self.tlb[key] = entry, rights, no_execute, status, max(shift, 12)
         self.combined[key] = value >> 12, last
         return status, value
 

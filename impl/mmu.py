@@ -1,8 +1,10 @@
 """What every MMU of a hypervisor does: walk a guest's own tables, with the guest's rights."""
 
+from collections.abc import Sequence
+
 from vapama.impl.guest import Guest, Vcpu
-from vapama.impl.hardware import LIMIT_WORDS
-from vapama.impl.kernels import long_mode
+from vapama.impl.hardware import LIMIT_WORDS, LONG_MODE, OFF, SHORT_ENTRIES, paging_of
+from vapama.impl.kernels import legacy, long_mode
 from vapama.spec.cpu import Cpu
 
 # Bits of an entry of ordinary paging.
@@ -15,18 +17,34 @@ ALL = X | W | U
 
 
 class Context:
-    """What an MMU keeps for a virtual processor: its control registers as the kernels take them."""
+    """What an MMU keeps for a virtual processor: its control registers as the kernels take them.
 
-    __slots__ = ("cr3", "mode", "reserved")
+    `paging` is how its tables are read, `levels` how many levels they have (PDPTEs of PAE paging
+    not counted). `reserved` are bits reserved in its entries (in 32-bit paging in those of 4-MByte
+    pages alone), `reserved_small` those in entries of the last level.
+    """
+
+    __slots__ = ("cr3", "levels", "mode", "paging", "pdptes", "reserved", "reserved_small")
 
     def __init__(self) -> None:
-        self.cr3 = self.mode = self.reserved = 0
+        self.cr3 = self.mode = self.paging = self.levels = 0
+        self.reserved = self.reserved_small = 0
+        self.pdptes: Sequence[int] = ()
 
     def controls(self, cpu: Cpu) -> None:
         """Take in the guest's control registers."""
-        self.mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
-        self.reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
-        self.cr3 = cpu.cr3
+        self.cr3, self.paging = cpu.cr3, paging_of(cpu)
+        if self.paging == LONG_MODE:
+            self.mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
+            self.reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
+            self.levels = 4 + (cpu.cr4 >> 12 & 1)
+        else:
+            registers = 0 if cpu.pdptes is None else 1
+            self.mode = legacy.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, registers)
+            self.reserved = legacy.reserved_word(cpu.cr4, cpu.efer, cpu.maxphyaddr, cpu.pse36)
+            self.levels = 0 if self.paging == OFF else 2
+        self.reserved_small = 0 if self.paging in SHORT_ENTRIES else self.reserved
+        self.pdptes = cpu.pdptes or ()
 
 
 class Mmu:
@@ -45,37 +63,55 @@ class Mmu:
         The entries are left in `gptes`, by level. Raises `NotRam`.
         """
         guest, context, cpu, path = self.guest, vcpu.context, vcpu.cpu, self.path
-        status, value = long_mode.walk(
-            guest,
-            LIMIT_WORDS,
-            context.mode,
-            context.reserved,
-            context.cr3,
-            cpu.pkru,
-            cpu.pkrs,
-            address,
-            word,
-            path,
-        )
+        if context.paging == LONG_MODE:
+            status, value = long_mode.walk(
+                guest,
+                LIMIT_WORDS,
+                context.mode,
+                context.reserved,
+                context.cr3,
+                cpu.pkru,
+                cpu.pkrs,
+                address,
+                word,
+                path,
+            )
+        else:
+            status, value = legacy.walk(
+                guest,
+                LIMIT_WORDS,
+                context.mode,
+                context.reserved,
+                context.cr3,
+                context.pdptes,
+                address,
+                word,
+                path,
+            )
         if status > 3:
             return status, value
         need = ACCESSED
-        for level in range(cpu.levels, status - 1, -1):
-            index = path[level]
+        short = context.paging in SHORT_ENTRIES
+        for level in range(context.levels, max(status, 1) - 1, -1):
+            index, shift = path[level], 0
+            if short:
+                index, shift = index >> 1, (index & 1) << 5
             entry = guest[index]
             if level == status and word & 2:
                 need |= DIRTY
-            if entry & need != need:
+            if entry & need << shift != need << shift:
                 slot = guest.slot_of(index >> 9)
                 if slot is not None and not slot.readonly:
-                    entry |= need
+                    entry |= need << shift
                     guest.put(index << 3, entry)
-            self.gptes[level] = entry
+            self.gptes[level] = entry >> shift & 0xFFFF_FFFF if short else entry
         return status, value
 
     def permits(self, vcpu: Vcpu, rights: int, word: int) -> bool:
         """Whether the guest's control state lets an access have a page with these rights."""
         cpu = vcpu.cpu
+        if vcpu.context.paging == OFF:
+            return True
         write, user, fetch = word >> 1 & 1, word >> 2 & 1, word >> 4 & 1
         if user and not rights & U:
             return False
@@ -89,6 +125,11 @@ class Mmu:
                 return not cpu.smep
             return not cpu.smap or (cpu.ac == 1 and not word & 1)
         return True
+
+
+def linear(cpu: Cpu, address: int) -> int:
+    """The address that a processor uses: it has 32 bits outside long mode."""
+    return address if cpu.efer >> 10 & 1 else address & 0xFFFF_FFFF
 
 
 def rights_of(entry: int) -> int:

@@ -5,13 +5,19 @@ paging_tmpl.h). A shadow page is a table of the real processor's that stands for
 (or, if direct, for a range of its memory), under a role: all that its entries depend on besides the
 guest's table. An entry (SPTE) is made when the guest first needs it.
 
+The real processor runs a guest in long mode on tables of as many levels as the guest's own, and
+any other on those of PAE paging: four roots, one for each GByte. A table of 32-bit paging has
+4-byte entries, twice as many as a shadow page: several shadow pages, its quadrants, stand for it.
+With paging off the roots are direct.
+
 What keeps them true: a table that is shadowed is mapped read-only, so that a store to it leaves the
 guest and drops what was made of it. Tables of the lowest level may go unsync instead: writable, and
 read again when the guest invalidates its TLB, as a processor would. The guest's accessed and dirty
 flags are set as its table is walked; a page that is not dirty is mapped read-only until it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from vapama.impl.guest import (
@@ -24,7 +30,15 @@ from vapama.impl.guest import (
     Vcpu,
     reflected,
 )
-from vapama.impl.hardware import Core
+from vapama.impl.hardware import (
+    LONG_MODE,
+    OFF,
+    PAE_PAGING,
+    PAGING_32,
+    SHORT_ENTRIES,
+    Core,
+    paging_of,
+)
 from vapama.impl.kernels import long_mode
 from vapama.impl.mmu import (
     ACCESSED,
@@ -59,7 +73,8 @@ bits 50:12 the guest frame, and W, U and NX the guest's rights to it."""
 DEVICE_GFN, DEVICE_GENERATION = (1 << 39) - 1, (1 << 11) - 1
 # Role bits above the level (3:0) and the rights inherited (6:4).
 DIRECT, EFER_NX, CR0_WP, SMEP_NOT_WP, SMAP_NOT_WP = 1 << 7, 1 << 8, 1 << 9, 1 << 10, 1 << 11
-LEVEL, ACCESS = 0xF, 4
+LEVEL, ACCESS, PAGING, QUADRANT = 0xF, 4, 12, 15
+"""Where the level is in a role, the rights, how the guest reads its tables, and the quadrant."""
 CACHED_ROOTS = 3
 FLOODED = 3
 """Stores to a shadowed table, with no use of it in between, after which it is given up."""
@@ -79,8 +94,10 @@ class Page:
         "invalid",
         "level",
         "parents",
+        "quadrant",
         "role",
         "roots",
+        "short",
         "unsync",
         "unsync_children",
         "used",
@@ -90,6 +107,9 @@ class Page:
     def __init__(self, frame: int, gfn: int, role: int) -> None:
         self.frame, self.base, self.gfn, self.role = frame, frame << 9, gfn, role
         self.level, self.access, self.direct = role & LEVEL, role >> ACCESS & ALL, role & DIRECT
+        self.short = not self.direct and role >> PAGING & 7 in SHORT_ENTRIES
+        """Whether the guest's table has 4-byte entries, of which this page has the `quadrant`."""
+        self.quadrant = role >> QUADRANT & 3
         self.unsync = self.invalid = False
         self.unsync_children: set[int] = set()
         """SPTEs of this page, by index in memory, below which something is unsync."""
@@ -98,8 +118,43 @@ class Page:
         self.used: set[int] = set()
         """Indices in memory of the SPTEs that are not 0."""
         self.roots = 0
-        """How many processors have it as a root, in use or cached."""
+        """How many roots of processors, in use or cached, have it."""
         self.writes = 0
+
+    def place(self, index: int) -> int:
+        """Which entry of the guest's table the SPTE with an index in memory stands for."""
+        index &= 511
+        if self.short:
+            index |= self.quadrant << 9
+            if self.level == 2:
+                index >>= 1  # a 4-byte entry of this level serves 4 MBytes: two SPTEs
+        return index
+
+
+class Root:
+    """What a processor's tables begin at: a shadow page in long mode, else four, for a GByte each.
+
+    None where CR3 or a PDPTE names no memory.
+    """
+
+    __slots__ = ("pages",)
+
+    def __init__(self, pages: Sequence[Page | None]) -> None:
+        self.pages = pages
+
+    def page(self, address: int) -> Page | None:
+        """The page that a walk for an address begins at."""
+        pages = self.pages
+        return pages[0] if len(pages) == 1 else pages[address >> 30 & 3]
+
+    @property
+    def invalid(self) -> bool:
+        """Whether one of its pages was zapped."""
+        return any(page is not None and page.invalid for page in self.pages)
+
+    def frames(self) -> list[int]:
+        """The frames of its pages, 0 where there is none."""
+        return [0 if page is None else page.frame for page in self.pages]
 
 
 class ShadowContext(Context):
@@ -109,10 +164,10 @@ class ShadowContext(Context):
 
     def __init__(self) -> None:
         super().__init__()
-        self.root: Page | None = None
+        self.root: Root | None = None
         self.role = 0
-        self.cached: list[tuple[int, int, Page]] = []
-        """Roots of before, the latest first: CR3, role and page."""
+        self.cached: list[tuple[int, int, Root]] = []
+        """Roots of before in long mode, the latest first, with CR3 and role."""
 
 
 class ShadowMmu(Mmu):
@@ -154,17 +209,25 @@ class ShadowMmu(Mmu):
         """Take in the guest's control registers, and set those that the core runs with."""
         cpu, context = vcpu.cpu, vcpu.context
         context.controls(cpu)
-        not_wp = cpu.wp ^ 1
-        context.role = (
-            cpu.levels
-            | ALL << ACCESS
-            | cpu.nxe * EFER_NX
-            | cpu.wp * CR0_WP
-            | (cpu.smep & not_wp) * SMEP_NOT_WP
-            | (cpu.smap & not_wp) * SMAP_NOT_WP
-        )
-        root = self.blank if context.root is None else context.root.frame
-        vcpu.core.control(real_cpu(cpu, self.guest.plan.host_maxphyaddr), root << 12, pcid(cpu))
+        not_wp, long_mode = cpu.wp ^ 1, context.paging == LONG_MODE
+        if context.paging == OFF:
+            context.role = 2 | ALL << ACCESS | DIRECT | OFF << PAGING
+        else:
+            context.role = (
+                (context.levels if long_mode else 2)
+                | ALL << ACCESS
+                | cpu.nxe * EFER_NX
+                | cpu.wp * CR0_WP
+                | (cpu.smep & not_wp) * SMEP_NOT_WP
+                | (cpu.smap & not_wp) * SMAP_NOT_WP
+                | context.paging << PAGING
+            )
+        frames = [0] if context.root is None else context.root.frames()
+        real = real_cpu(cpu, self.guest.plan.host_maxphyaddr)
+        if not long_mode:
+            pdptes = tuple(frame << 12 | PRESENT if frame else 0 for frame in frames)
+            real = real._replace(pdptes=pdptes if len(frames) == 4 else (0,) * 4)
+        vcpu.core.control(real, (frames[0] or self.blank) << 12, pcid(cpu))
 
     def enter(self, vcpu: Vcpu) -> None:
         """Do what was asked of a processor before it runs the guest on."""
@@ -174,10 +237,11 @@ class ShadowMmu(Mmu):
         if vcpu.requests & SYNC:
             vcpu.requests &= ~SYNC
             vcpu.device_page = None
-            if context.root is not None:
-                self._sync_children(vcpu, context.root)
-                if self.guest.synced is not None:
-                    self.guest.synced(context.root.frame)
+            for page in context.root.pages if context.root is not None else ():
+                if page is not None:
+                    self._sync_children(vcpu, page)
+                    if self.guest.synced is not None:
+                        self.guest.synced(page.frame)
         if vcpu.requests & FLUSH:
             vcpu.core.forget_all()
         vcpu.requests = 0
@@ -191,22 +255,40 @@ class ShadowMmu(Mmu):
         for entry in [e for e in context.cached if e[2].invalid]:
             context.cached.remove(entry)
             self._put_root(entry[2])
-        gfn = context.cr3 >> 12 & FRAME >> 12
-        if self.guest.slot_of(gfn) is not None:
-            root = self._get_page(vcpu, gfn, context.role)
-            root.roots += 1
-            context.root = root
+        pages: list[Page | None] = []
+        for gfn, role in self._tables_of(context):
+            page = None
+            if gfn is not None and (role & DIRECT or self.guest.slot_of(gfn) is not None):
+                page = self._get_page(vcpu, gfn, role)
+                page.roots += 1
+            pages.append(page)
+        context.root = Root(pages)
         vcpu.requests |= SYNC | FLUSH
         self._controls(vcpu)
 
-    def _put_root(self, root: Page | None) -> None:
-        if root is None:
-            return
-        root.roots -= 1
-        if root.roots == 0 and root.invalid:
-            del self.zapped_roots[root.frame]
-            self.doomed.append(root)
-            self._commit(flush=False)
+    def _tables_of(self, context: ShadowContext) -> list[tuple[int | None, int]]:
+        """Guest frame and role of each page of a root; no frame for a PDPTE that is not present."""
+        role, gfn = context.role, context.cr3 >> 12 & FRAME >> 12
+        if context.paging == LONG_MODE:
+            return [(gfn, role)]
+        if context.paging == OFF:
+            return [(gbyte << 18, role) for gbyte in range(4)]
+        if context.paging == PAE_PAGING:
+            return [
+                (pdpte >> 12 & FRAME >> 12 if pdpte & PRESENT else None, role)
+                for pdpte in context.pdptes
+            ]
+        return [(gfn & 0xFFFFF, role | gbyte << QUADRANT) for gbyte in range(4)]
+
+    def _put_root(self, root: Root | None) -> None:
+        for page in () if root is None else root.pages:
+            if page is None:
+                continue
+            page.roots -= 1
+            if page.roots == 0 and page.invalid:
+                del self.zapped_roots[page.frame]
+                self.doomed.append(page)
+                self._commit(flush=False)
 
     def moved(self, vcpu: Vcpu, register: str, old: Cpu, new: Cpu, keep: bool) -> None:
         """A control register was written (SDM Vol. 3A, 4.10.4.1)."""
@@ -223,7 +305,7 @@ class ShadowMmu(Mmu):
         if context.role != before:
             # All of these registers' bits that matter to a role change it, and so the root.
             self._unload(vcpu)
-        elif register == "cr4" and (old.cr4 ^ new.cr4) & (1 << 7 | 1 << 17 | 1 << 20):
+        elif old.pdptes != new.pdptes or (old.cr4 ^ new.cr4) & (1 << 7 | 1 << 17 | 1 << 20):
             self._unload(vcpu)
         if register in {"cr0", "cr4", "efer"}:
             vcpu.device_page = None
@@ -240,9 +322,9 @@ class ShadowMmu(Mmu):
     def _switch(self, vcpu: Vcpu, old: Cpu, new: Cpu) -> None:
         """MOV to CR3: take a cached root if there is one."""
         context = vcpu.context
-        cached: list[tuple[int, int, Page]] = context.cached
+        cached: list[tuple[int, int, Root]] = context.cached
         root, role = context.root, context.role
-        if root is not None and not root.invalid:
+        if root is not None and not root.invalid and context.paging == LONG_MODE:
             cached.insert(0, (old.cr3, role, root))
         elif root is not None:
             self._put_root(root)
@@ -264,9 +346,10 @@ class ShadowMmu(Mmu):
         """INVLPG: bring what serves this address in every root up to date."""
         vcpu.core.forget(address)
         context = vcpu.context
-        for root in [context.root, *(page for _, _, page in context.cached)]:
-            if root is not None and not root.invalid:
-                self._sync_address(vcpu, root, address)
+        for root in [context.root, *(root for _, _, root in context.cached)]:
+            page = None if root is None or root.invalid else root.page(address)
+            if page is not None:
+                self._sync_address(vcpu, page, address)
 
     def invpcid(self, vcpu: Vcpu, kind: int, of: int, address: int) -> None:
         """INVPCID; see `steps.Invpcid`."""
@@ -281,10 +364,11 @@ class ShadowMmu(Mmu):
             vcpu.requests |= SYNC
         for cr3, _, root in list(context.cached):
             if (kind >= 2 or cr3 & 0xFFF == of) and not root.invalid:
-                self._sync_children(vcpu, root)
+                for page in root.pages:
+                    if page is not None:
+                        self._sync_children(vcpu, page)
 
-    def _sync_address(self, vcpu: Vcpu, root: Page, address: int) -> None:
-        page = root
+    def _sync_address(self, vcpu: Vcpu, page: Page, address: int) -> None:
         while True:
             index = page.base | address >> 3 + 9 * page.level & 511
             spte = self.ram[index]
@@ -307,7 +391,7 @@ class ShadowMmu(Mmu):
         if status == long_mode.NONCANONICAL:
             return reflected(status, code, address)
         assert status == long_mode.FAULT, "a shadow table leads outside of memory"
-        if code & 8 and self._is_device(vcpu, address, word):
+        if code & 8 and self._is_device(vcpu, address):
             return EMULATE
 
         # THE GUEST'S TRANSLATION
@@ -315,10 +399,12 @@ class ShadowMmu(Mmu):
         if level > 3:
             self.invlpg(vcpu, address)  # a page fault drops what is cached of its address
             return reflected(level, gpa, address)
+        unpaged = level == 0
+        level = level or 2  # a root's
         rights = self._rights(vcpu, level)
         leaf_rights = rights[level]
         write = word & 2
-        if not write and not self.gptes[level] & DIRTY:
+        if not write and not unpaged and not self.gptes[level] & DIRTY:
             leaf_rights &= ~W
 
         # THE FRAME
@@ -338,7 +424,7 @@ class ShadowMmu(Mmu):
         self._reclaim_if_needed()
 
         # THE SHADOW PAGES ON THE WAY
-        page: Page = vcpu.context.root
+        page: Page = vcpu.context.root.page(address)
         while page.level > level:
             index = page.base | address >> 3 + 9 * page.level & 511
             table = self.gptes[page.level] >> 12 & FRAME >> 12
@@ -368,7 +454,7 @@ class ShadowMmu(Mmu):
         """The rights that are left at each level of the guest's walk, that level included."""
         rights = [ALL] * 6
         left = ALL
-        for at in range(vcpu.cpu.levels, level - 1, -1):
+        for at in range(vcpu.context.levels, level - 1, -1):
             left &= rights_of(self.gptes[at])
             rights[at] = left
         return rights
@@ -386,7 +472,10 @@ class ShadowMmu(Mmu):
             # A direct page was made for other rights: the guest's large page changed.
             self._unlink(index, child)
             self.guest.flush()
-        role = page.role & ~(LEVEL | ALL << ACCESS | DIRECT) | (page.level - 1) | access << ACCESS
+        role = page.role & ~(LEVEL | ALL << ACCESS | DIRECT | 3 << QUADRANT)
+        role |= (page.level - 1) | access << ACCESS
+        if page.short and not direct:
+            role |= (index & 1) << QUADRANT
         child = self._get_page(vcpu, gfn, role | direct)
         if child.unsync_children:
             # What was not present may be present now: the guest need not invalidate to see it.
@@ -676,9 +765,9 @@ class ShadowMmu(Mmu):
         self.ram[index] = spte
         page.used.add(index)
 
-    def _is_device(self, vcpu: Vcpu, address: int, word: int) -> bool:
-        """Whether a reserved-bit fault is a device's SPTE, of this generation, with the rights."""
-        page: Page | None = vcpu.context.root
+    def _is_device(self, vcpu: Vcpu, address: int) -> bool:
+        """Whether a reserved-bit fault is a device's SPTE, of this generation of the slots."""
+        page: Page | None = vcpu.context.root.page(address)
         while page is not None:
             spte = self.ram[page.base | address >> 3 + 9 * page.level & 511]
             if spte & DEVICE == DEVICE:
@@ -691,10 +780,15 @@ class ShadowMmu(Mmu):
         if spte >> 52 & DEVICE_GENERATION != self.guest.generation:
             return False
         rights = spte & (W | U) | (spte >> 63 ^ 1)
-        if not self.permits(vcpu, rights, word):
-            return False
         vcpu.device_page = (address >> 12, spte >> 12 & DEVICE_GFN, rights, self.guest.generation)
         return True
+
+    def _guest_entry(self, page: Page, index: int) -> int:
+        """The guest's entry that an SPTE stands for. Raises `NotRam`."""
+        place = page.place(index)
+        if page.short:
+            return self.guest[page.gfn << 9 | place >> 1] >> ((place & 1) << 5) & 0xFFFF_FFFF
+        return self.guest[page.gfn << 9 | place]
 
     # Unsync pages.
 
@@ -734,8 +828,8 @@ class ShadowMmu(Mmu):
     def _sync_spte(self, vcpu: Vcpu, page: Page, index: int) -> bool:
         """Read the guest's entry again for an SPTE. True if a flush is needed."""
         old = self.ram[index]
-        gpte = self.guest[page.gfn << 9 | index & 511]
-        if not gpte & PRESENT or not gpte & ACCESSED or gpte & vcpu.context.reserved:
+        gpte = self._guest_entry(page, index)
+        if not gpte & PRESENT or not gpte & ACCESSED or gpte & vcpu.context.reserved_small:
             self._drop(page, index)
             return not old & 1 << 51
         gfn = gpte >> 12 & FRAME >> 12
@@ -763,8 +857,8 @@ class ShadowMmu(Mmu):
         for near in range(first, first + PREFETCH):
             if self.ram[near]:
                 continue
-            gpte = self.guest[page.gfn << 9 | near & 511]
-            if not gpte & PRESENT or not gpte & ACCESSED or gpte & vcpu.context.reserved:
+            gpte = self._guest_entry(page, near)
+            if not gpte & PRESENT or not gpte & ACCESSED or gpte & vcpu.context.reserved_small:
                 continue
             gfn = gpte >> 12 & FRAME >> 12
             access = page.access & rights_of(gpte)
@@ -789,14 +883,27 @@ class ShadowMmu(Mmu):
         for page in list(self.shadowing.get(gfn, ())):
             page.writes += 1
             flooded = page.level > 1 and page.writes >= FLOODED
-            if flooded or size < 8 or gpa & 7:
+            if flooded or (gpa | size) & (3 if page.short else 7):
                 self._zap(page)
                 continue
-            index = page.base | gpa >> 3 & 511
-            if index in page.used:
-                self._drop(page, index)
-                dropped = True
+            for index in self._standing_for(page, gpa, size):
+                if index in page.used:
+                    self._drop(page, index)
+                    dropped = True
         self._commit(flush=dropped)
+
+    def _standing_for(self, page: Page, gpa: int, size: int) -> Iterator[int]:
+        """The SPTEs of a page that stand for the entries in so many bytes of the guest's table."""
+        if not page.short:
+            yield page.base | gpa >> 3 & 511
+            return
+        for place in range(gpa >> 2 & 0x3FF, (gpa >> 2 & 0x3FF) + (size >> 2)):
+            if page.level == 2:
+                if place >> 8 == page.quadrant:
+                    yield page.base | place << 1 & 511
+                    yield page.base | place << 1 & 511 | 1
+            elif place >> 9 == page.quadrant:
+                yield page.base | place & 511
 
     def revoke(self, gfn: int) -> None:
         """The host takes a guest frame's page away: no SPTE may map it any more."""
@@ -839,9 +946,11 @@ class ShadowMmu(Mmu):
 
     def slots_changed(self, wrapped: bool) -> None:
         """The memory slots have a new generation, the first again if it `wrapped`."""
-        if wrapped:
-            for vcpu in self.guest.vcpus:
+        for vcpu in self.guest.vcpus:
+            vcpu.requests |= RELOAD  # there may be memory now where a root had none
+            if wrapped:
                 vcpu.device_page = None
+        if wrapped:
             self.zap_all()
 
     def anatomy(self) -> Anatomy:
@@ -864,10 +973,10 @@ class ShadowMmu(Mmu):
 
     def _processor_view(self, vcpu: Vcpu) -> ProcessorView:
         context, core = vcpu.context, vcpu.core
-        roots = [context.root, *(page for _, _, page in context.cached)]
+        roots = [context.root, *(root for _, _, root in context.cached)]
         return ProcessorView(
             vcpu.cpu,
-            [0 if page is None else page.frame for page in roots],
+            [[] if root is None else root.frames() for root in roots],
             bool(vcpu.requests & (FLUSH | RELOAD)),
             bool(vcpu.requests & SYNC),
             core.cached,
@@ -875,13 +984,26 @@ class ShadowMmu(Mmu):
         )
 
 
+@cache
 def role_view(role: int) -> Role:
     """A role as an audit reads it."""
-    return Role(role >> 8 & 1, role >> 9 & 1, role >> 10 & 1, role >> 11 & 1)
+    paging = role >> PAGING & 7
+    return Role(
+        role >> 8 & 1,
+        role >> 9 & 1,
+        role >> 10 & 1,
+        role >> 11 & 1,
+        4 if paging in SHORT_ENTRIES else 8,
+        int(paging != PAGING_32),
+        role >> QUADRANT & 3,
+    )
 
 
 def real_cpu(cpu: Cpu, maxphyaddr: int) -> Cpu:
-    """The control registers that a core runs the guest with: write protection and NX always on."""
-    return Cpu._make(
-        cpu._replace(cr0=cpu.cr0 | 1 << 16, efer=cpu.efer | 1 << 11, maxphyaddr=maxphyaddr)
-    )
+    """The control registers that a core runs the guest with: write protection and NX always on,
+    PAE paging outside long mode, and with paging off what would restrict the supervisor is too.
+    """
+    cr0, cr4, efer = cpu.cr0 | 1 << 16, cpu.cr4 | 1 << 5, cpu.efer | 1 << 11
+    if paging_of(cpu) == OFF:
+        cr0, cr4, efer = cr0 | 1 << 31, cr4 & ~(1 << 20 | 1 << 21), efer & ~(1 << 8)
+    return Cpu._make(cpu._replace(cr0=cr0, cr4=cr4, efer=efer, maxphyaddr=maxphyaddr))

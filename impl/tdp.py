@@ -33,13 +33,10 @@ from vapama.spec.anatomy import Anatomy, ProcessorView
 from vapama.spec.cpu import Cpu
 from vapama.spec.steps import EPT, Seen
 
-LEVELS = 4
 LINEAR = ALL << 4 | DIRECT
 EPT_READ, EPT_WRITE, EPT_EXECUTE, WRITE_BACK = 1, 2, 4, 6 << 3
 EPT_ACCESSED, EPT_DIRTY = 1 << 8, 1 << 9
-EPTP = 6 | (LEVELS - 1) << 3 | 1 << 6
-"""Of EPTP besides the root: write-back, the number of levels, accessed and dirty flags."""
-CAPABILITIES = 1 << 6 | 1 << 14 | 1 << 16 | 1 << 17 | 1 << 21
+CAPABILITIES = 1 << 6 | 1 << 7 | 1 << 14 | 1 << 16 | 1 << 17 | 1 << 21
 DEVICE_GFN, DEVICE_GENERATION = (1 << 39) - 1, (1 << 11) - 1
 
 
@@ -72,11 +69,14 @@ class TwoDimensional(Mmu):
     def __init__(self, guest: Guest) -> None:
         super().__init__(guest)
         self.format = Format(guest.plan.design)
+        self.levels = guest.plan.stage_levels
+        self.eptp = 6 | (self.levels - 1) << 3 | 1 << 6
+        """Of EPTP besides the root: write-back, the number of levels, accessed and dirty flags."""
         self.logs_by_flags = guest.plan.design == EPT
         self.pages: dict[int, Page] = {}
         self.dying: dict[int, Page] = {}
         """Tables of roots that were zapped, until no processor can be on them."""
-        self.root = self._new_table(0, LEVELS)
+        self.root = self._new_table(0, self.levels)
 
     # Processors.
 
@@ -84,11 +84,11 @@ class TwoDimensional(Mmu):
         """A core for a virtual processor."""
         width = self.guest.plan.host_maxphyaddr
         if self.guest.plan.design == EPT:
-            mode, reserved = ept.mode_word(EPTP, 0, CAPABILITIES), ept.reserved_word(width)
+            mode, reserved = ept.mode_word(self.eptp, 0, CAPABILITIES), ept.reserved_word(width)
         else:
-            mode = npt.mode_word(1 << 5, 1 << 8 | 1 << 10 | 1 << 11, 1)
+            mode = npt.mode_word(1 << 5 | (self.levels - 4) << 12, 1 << 8 | 1 << 10 | 1 << 11, 1)
             reserved = npt.reserved_word(mode, width)
-        return TwoStageCore(self.ram, self.format.kernels, mode, reserved)
+        return TwoStageCore(self.ram, self.format.kernels, mode, reserved, self.levels)
 
     def power_on(self, vcpu: Vcpu) -> None:
         """Prepare a processor's context."""
@@ -104,7 +104,7 @@ class TwoDimensional(Mmu):
     def enter(self, vcpu: Vcpu) -> None:
         """Do what was asked of a processor before it runs the guest on."""
         if vcpu.requests & RELOAD:
-            vcpu.core.stage_root = self.root.frame << 12 | (EPTP if self.logs_by_flags else 0)
+            vcpu.core.stage_root = self.root.frame << 12 | (self.eptp if self.logs_by_flags else 0)
             vcpu.device_page = None
         if vcpu.requests & (RELOAD | FLUSH):
             vcpu.core.forget_all()
@@ -124,9 +124,12 @@ class TwoDimensional(Mmu):
             vcpu.device_page = None
         if register == "cr3" and not keep:
             core.forget_pcid(pcid(new))
-        if register == "efer":
-            core.forget_all()  # no manual says so; no processor is known to do otherwise
-        if changed & 1 << 7 or old.cr4 & ~new.cr4 & 1 << 17 or old.cr0 & ~new.cr0 & 1 << 31:
+        if register == "efer" or changed & 1 << 4:
+            # No manual says so of EFER.NXE and CR4.PSE. What may be cached is specified as the
+            # control registers of now have it, so this core relies on no more.
+            core.forget_all()
+        # What is cached with paging off is of the second stage alone, and no use with paging on.
+        if changed & 1 << 7 or old.cr4 & ~new.cr4 & 1 << 17 or (old.cr0 ^ new.cr0) & 1 << 31:
             core.forget_all()
         if changed & 1 << 5 or new.cr4 & ~old.cr4 & 1 << 20:
             core.forget_pcid(pcid(new))
@@ -306,7 +309,7 @@ class TwoDimensional(Mmu):
                     self._account(page.gfn + (index & 511), self.ram[index])
         self.dying.update(self.pages)
         self.pages = {}
-        self.root = self._new_table(0, LEVELS)
+        self.root = self._new_table(0, self.levels)
         for vcpu in self.guest.vcpus:
             vcpu.requests |= RELOAD | FLUSH
 
@@ -331,7 +334,7 @@ class TwoDimensional(Mmu):
             [
                 ProcessorView(
                     vcpu.cpu,
-                    [vcpu.core.stage_root >> 12 & FRAME >> 12],
+                    [[vcpu.core.stage_root >> 12 & FRAME >> 12]],
                     bool(vcpu.requests & (FLUSH | RELOAD)),
                     False,
                     vcpu.core.cached,

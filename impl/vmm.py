@@ -16,12 +16,15 @@ from functools import partial
 from typing import Any
 
 from vapama.impl.guest import EMULATE, WORD, Guest, NotRam, Vcpu, reflected
-from vapama.impl.hardware import Frames, Ram
+from vapama.impl.hardware import LIMIT_WORDS, PAE_PAGING, Frames, Ram, paging_of
+from vapama.impl.kernels import legacy
+from vapama.impl.mmu import linear
 from vapama.impl.shadow import ShadowMmu
 from vapama.impl.tdp import TwoDimensional
 from vapama.spec.access import Access
 from vapama.spec.anatomy import MachineView
-from vapama.spec.outcomes import OutsideMemory
+from vapama.spec.cpu import Cpu
+from vapama.spec.outcomes import GeneralProtection, OutsideMemory
 from vapama.spec.steps import (
     EPT,
     NPT,
@@ -109,10 +112,10 @@ class Vmm:
             case Store(_, vcpu, access, value):
                 return self._access(guest, guest.vcpus[vcpu], access, value)
             case Move(_, vcpu):
-                self._move(guest, guest.vcpus[vcpu], step)
+                return self._move(guest, guest.vcpus[vcpu], step)
             case Invlpg(_, vcpu, address):
                 guest.vcpus[vcpu].device_page = None
-                guest.mmu.invlpg(guest.vcpus[vcpu], address)
+                guest.mmu.invlpg(guest.vcpus[vcpu], linear(guest.vcpus[vcpu].cpu, address))
             case Invpcid(_, vcpu, kind, pcid, address):
                 guest.vcpus[vcpu].device_page = None
                 guest.mmu.invpcid(guest.vcpus[vcpu], kind, pcid, address)
@@ -134,20 +137,32 @@ class Vmm:
 
     # What a guest does.
 
-    def _move(self, guest: Guest, vcpu: Vcpu, step: Move) -> None:
+    def _move(self, guest: Guest, vcpu: Vcpu, step: Move) -> Seen:
         """A control register is written; bit 63 of a value for CR3 says what is kept."""
         old, keep = vcpu.cpu, False
         if step.register == "cr3":
             keep = bool(step.value >> 63 & old.cr4 >> 17 & 1)
             step = step._replace(value=step.value & WORD >> 1)
-        vcpu.cpu = step.on(old)
+        new = step.on(old)._replace(pdptes=None)
+        if self.plan.has_pdpte_registers and paging_of(new) == PAE_PAGING:
+            registers: list[int] | None = list(old.pdptes or ())
+            if old.pdptes is None or loads_pdptes(step.register, old, new):
+                try:
+                    registers = load_pdptes(guest, new)
+                except NotRam as hole:
+                    return OutsideMemory(hole.address)
+            if registers is None:
+                return GeneralProtection()
+            new = new._replace(pdptes=tuple(registers))
+        vcpu.cpu = Cpu._make(new)
         guest.mmu.moved(vcpu, step.register, old, vcpu.cpu, keep)
+        return Done()
 
     def _access(self, guest: Guest, vcpu: Vcpu, access: Access, value: int | None) -> Seen:
         """A load, fetch or store, made until something comes of it."""
         word = access.implicit | access.write << 1 | access.user << 2 | access.fetch << 4
-        address, mmu, core = access.address, guest.mmu, vcpu.core
-        pieces = split(address)
+        mmu, core = guest.mmu, vcpu.core
+        pieces = split(linear(vcpu.cpu, access.address), linear(vcpu.cpu, WORD))
         for _ in range(PATIENCE):
             if vcpu.requests:
                 mmu.enter(vcpu)
@@ -200,27 +215,30 @@ class Vmm:
         value: int | None,
     ) -> Seen:
         """The access made by the hypervisor: by a walk of the guest's tables, with its rights."""
-        gpas = []
-        for at, _size in pieces:
+        places = []
+        for at, size in pieces:
             gpa = self._device_page(guest, vcpu, at, word)
+            slot = None
             if gpa is None:
                 status, gpa = guest.mmu.walk(vcpu, at, word)
                 if status > 3:
                     guest.mmu.invlpg(vcpu, at)
                     return reflected(status, gpa, at)
-            gpas.append(gpa)
-        if value is None:
-            parts = []
-            for gpa, (_, size) in zip(gpas, pieces, strict=True):
                 slot = guest.slot_of(gpa >> 12)
-                words = guest if slot is not None else _Device()
-                parts.append((read_bytes(words, gpa, size), size))
-            return Loaded(joined(parts))
+            places.append((gpa, size, slot))
+        if value is None:
+            return Loaded(
+                joined(
+                    [
+                        (read_bytes(_Device() if slot is None else guest, gpa, size), size)
+                        for gpa, size, slot in places
+                    ]
+                )
+            )
         devices = []
-        for gpa, (_, size) in zip(gpas, pieces, strict=True):
+        for gpa, size, slot in places:
             part = value & (1 << (size << 3)) - 1
             value >>= size << 3
-            slot = guest.slot_of(gpa >> 12)
             if slot is None or slot.readonly:
                 devices.append(DeviceWrite(gpa, size, part))
             else:
@@ -238,13 +256,32 @@ class Vmm:
         return known[1] << 12 | address & 0xFFF
 
 
-def split(address: int) -> tuple[tuple[int, int], ...]:
-    """The 8 bytes at an address, page by page: address and number of bytes."""
+def loads_pdptes(register: str, old: Cpu, new: Cpu) -> bool:
+    """Whether a write to a control register, with PAE paging, loads the PDPTEs: to CR3, or one that
+    changes CR0's CD, NW or PG, or CR4's PSE, PAE, PGE or SMEP.
+    """
+    if register == "cr3":
+        return True
+    return bool((old.cr0 ^ new.cr0) >> 29 or (old.cr4 ^ new.cr4) & 0x1000B0)
+
+
+def load_pdptes(guest: Guest, cpu: Cpu) -> list[int] | None:
+    """The PDPTEs that CR3 leads to; None if one is refused. Raises `NotRam`."""
+    registers = [0] * 4
+    reserved = legacy.reserved_word(cpu.cr4, cpu.efer, cpu.maxphyaddr, cpu.pse36)
+    status = legacy.load_pdptes(guest, LIMIT_WORDS, reserved, cpu.cr3, registers)
+    return None if status == legacy.GENERAL_PROTECTION else registers
+
+
+def split(address: int, every: int = WORD) -> tuple[tuple[int, int], ...]:
+    """The 8 bytes at an address, page by page: address and number of bytes. `every` has the bits
+    that an address may have.
+    """
     offset = address & 0xFFF
     if offset <= 0xFF8:
         return ((address, 8),)
     first = 0x1000 - offset
-    return (address, first), (address + first & WORD, 8 - first)
+    return (address, first), (address + first & every, 8 - first)
 
 
 def joined(parts: Sequence[tuple[int, int]]) -> int:

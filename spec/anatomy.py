@@ -13,7 +13,12 @@ from vapama.spec.words import Word
 
 class Role(NamedTuple):
     """What the meaning of a shadow page's entries depends on besides the guest's table: EFER.NX,
-    CR0.WP, and SMEP and SMAP with CR0.WP=0; how many bytes an entry of the guest's has.
+    CR0.WP, and SMEP and SMAP with CR0.WP=0; how many bytes an entry of the guest's has, and whether
+    PS in it can map a page (not in 32-bit paging without CR4.PSE).
+
+    A table of 4-byte entries has 1024 of them, and several pages stand for it: at level 1 quadrant
+    0 or 1 for each half of it, at level 2 quadrants 0 to 3, a GByte each, in which two entries
+    stand for one of the guest's.
     """
 
     nx: int
@@ -21,6 +26,7 @@ class Role(NamedTuple):
     smep_not_wp: int
     smap_not_wp: int
     entry_bytes: int = 8
+    page_size: int = 1
     quadrant: int = 0
 
 
@@ -99,13 +105,13 @@ class Cached(NamedTuple):
 class ProcessorView(NamedTuple):
     """A virtual processor.
 
-    `roots` are the frames of its roots, that in use first (0 if there is none); `flush` and `sync`
-    say what it will do before it enters the guest again; `upper` are entries of upper levels that
-    its core has cached, by index.
+    `roots` are its roots, that in use first: the frames of one table, or of the four that PDPTEs
+    of PAE paging lead to, 0 where there is none. `flush` and `sync` say what it will do before it
+    enters the guest again; `upper` are entries of upper levels that its core has cached, by index.
     """
 
     cpu: Cpu
-    roots: Sequence[int]
+    roots: Sequence[Sequence[int]]
     flush: bool
     sync: bool
     cached: Callable[[], Iterable[Cached]]
@@ -116,7 +122,8 @@ class Anatomy(NamedTuple):
     """A guest's memory as its hypervisor keeps it.
 
     `backed` are the frames of backing pages, `shared` the pages that must not be written in place,
-    `swapped` the words of pages that are in no frame.
+    `swapped` the words of pages as they were swapped out, also of those that are in a frame again
+    and are not known to have been written since.
     `tables` are the tables in use by frame, and `dying` those that are some processor's root still.
     `rmap` has, by ``gfn << 2 | level``, the indices of the entries that map a guest frame.
     `generation` is that of the memory slots, for devices' entries. `extra` are frames taken for

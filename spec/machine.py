@@ -15,9 +15,11 @@ from hashlib import blake2b
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias
 
+from vapama.spec import modes
 from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu
+from vapama.spec.cpu import CD, NW, PAE, PG, PSE, SMEP, Cpu
 from vapama.spec.outcomes import (
+    GeneralProtection,
     NonCanonical,
     Outcome,
     OutsideMemory,
@@ -26,6 +28,7 @@ from vapama.spec.outcomes import (
     Update,
     kind,
 )
+from vapama.spec.paging import load_pdptes
 from vapama.spec.steps import (
     DeviceWrite,
     Done,
@@ -48,7 +51,7 @@ from vapama.spec.steps import (
     Stored,
     device_word,
 )
-from vapama.spec.tlb import History, Processor
+from vapama.spec.tlb import KEEP, PGE, History, Processor
 from vapama.spec.words import WORD, Word, low_bits
 
 Look: TypeAlias = Callable[[int, Word], Word]
@@ -81,32 +84,48 @@ class Edge:
         self.map = of
 
     def __le__(self, address: Word) -> bool:
-        return self.map.slot_of(address >> 12) is None
+        return address >> 12 not in self.map.slot_by_gfn
+
+    def __gt__(self, address: Word) -> bool:
+        return address >> 12 in self.map.slot_by_gfn
 
 
 class Map:
     """A guest's memory map, as the memory of its walks: words of the backing by address."""
 
     def __init__(self, slots: dict[int, Slot], backing: dict[int, Word]) -> None:
-        self.slots, self.backing = slots, backing
+        self.slots, self.backing = dict(slots), backing
+        self.slot_by_gfn: dict[int, Slot] = {}
+        for slot in slots.values():
+            self.slot_by_gfn.update(dict.fromkeys(range(slot.gfn, slot.gfn + slot.pages), slot))
         self.limit: Any = Edge(self)
 
     def slot_of(self, gfn: int) -> Slot | None:
         """The memory slot that a guest frame is in."""
-        for slot in self.slots.values():
-            if slot.gfn <= gfn < slot.gfn + slot.pages:
-                return slot
-        return None
+        return self.slot_by_gfn.get(gfn)
+
+    def set_slot(self, number: int, slot: Slot | None) -> Slot | None:
+        """Put a slot in the place of another, which is returned."""
+        old = self.slots.pop(number, None)
+        if old is not None:
+            for gfn in range(old.gfn, old.gfn + old.pages):
+                del self.slot_by_gfn[gfn]
+        if slot is not None:
+            self.slots[number] = slot
+            self.slot_by_gfn.update(dict.fromkeys(range(slot.gfn, slot.gfn + slot.pages), slot))
+        return old
 
     def word_of(self, address: Word) -> int:
         """Which word of the backing is at an address, which is in a slot."""
-        slot = self.slot_of(address >> 12)
-        assert slot is not None
+        slot = self.slot_by_gfn[address >> 12]
         return (slot.page - slot.gfn << 9) + (address >> 3)
 
     def load(self, address: Word) -> Word:
-        """The word at an aligned address, which is in a slot."""
-        return self.backing.get(self.word_of(address), 0)
+        """The word at an aligned address; 0 where there is no slot."""
+        slot = self.slot_by_gfn.get(address >> 12)
+        if slot is None:
+            return 0
+        return self.backing.get((slot.page - slot.gfn << 9) + (address >> 3), 0)
 
     def addresses(self, word: int) -> Iterator[Word]:
         """Every address at which a word of the backing is."""
@@ -118,17 +137,16 @@ class Map:
 class GuestMachine:
     """One guest: its memory, with all that it held, and its processors."""
 
-    def __init__(self, plan: GuestPlan) -> None:
-        self.map = Map(dict(plan.slots), {})
+    def __init__(self, plan: GuestPlan, has_pdpte_registers: bool) -> None:
+        self.map = Map(plan.slots, {})
         for address, word in plan.image.items():
             self.map.backing[self.map.word_of(address)] = word
         self.dirty: dict[int, set[int]] = {}
         """Guest frames written since the last harvest, by memory slot whose log is on."""
-        self.history = History(Map(self.map.slots, {}))
-        for address, word in plan.image.items():
-            for alias in self.map.addresses(self.map.word_of(address)):
-                self.history.write(alias, word)
+        self.history = History(Map(plan.slots, dict(self.map.backing)))
+        self.history.limit = self.map.limit
         self.processors = [Processor(self.history, cpu) for cpu in plan.vcpus]
+        self.has_pdpte_registers = has_pdpte_registers
 
         self.entries: set[Word] = set()
         """Addresses of table entries that were used."""
@@ -137,10 +155,8 @@ class GuestMachine:
 
     def set_slot(self, number: int, slot: Slot | None) -> None:
         """The memory map changes: what a slot gives and takes is written at its addresses."""
-        old = self.map.slots.pop(number, None)
+        old = self.map.set_slot(number, slot)
         self.dirty.pop(number, None)
-        if slot is not None:
-            self.map.slots[number] = slot
         for changed, there in ((old, False), (slot, True)):
             if changed is not None:
                 shift = changed.gfn - changed.page << 12
@@ -169,6 +185,29 @@ class GuestMachine:
             if slot.gfn <= address >> 12 < slot.gfn + slot.pages:
                 self.dirty.get(number, set()).add(address >> 12)
 
+    def move(self, vcpu: int, step: Move, seen: Seen) -> None:
+        """A write to a control register, which loads PDPTEs or is refused for what they are.
+
+        Raises `Departure`, and `cpu.ImpossibleState` for a state that no processor can be in.
+        """
+        processor = self.processors[vcpu]
+        before = processor.cpu
+        keep = step.value & KEEP if step.register == "cr3" else 0
+        after = step._replace(value=step.value & ~keep).on(before)._replace(pdptes=None)
+        if after.mode is modes.PAE and self.has_pdpte_registers:
+            loaded: Any = before.pdptes
+            if before.pdptes is None or reloads_pdptes(before, after, step.register):
+                loaded = load_pdptes(after, self.map)
+            if not isinstance(loaded, tuple):
+                _require(seen == loaded, step, seen)
+                return
+            after = after._replace(pdptes=loaded)
+        _require(isinstance(seen, Done), step, seen)
+        if step.register == "cr3":
+            processor.mov_cr3(step.value, after.pdptes)
+        else:
+            processor.change(Cpu(*after))
+
     def log(self, number: int, on: bool) -> None:
         """The dirty log of a memory slot is started or stopped."""
         if not on:
@@ -189,7 +228,7 @@ class Machine:
     """The guests of a plan, each as it believes to be."""
 
     def __init__(self, plan: Plan) -> None:
-        self.guests = [GuestMachine(guest) for guest in plan.guests]
+        self.guests = [GuestMachine(guest, plan.has_pdpte_registers) for guest in plan.guests]
 
     def state(self) -> bytes:
         """A digest of all that later steps are judged by: equal for equal states."""
@@ -214,8 +253,7 @@ class Machine:
             case Store(guest, vcpu, access, value):
                 _Judged(self.guests[guest], vcpu, access, value, seen, guest, look).follow()
             case Move(guest, vcpu):
-                _require(isinstance(seen, Done), step, seen)
-                move(self.guests[guest].processors[vcpu], step)
+                self.guests[guest].move(vcpu, step, seen)
             case Invlpg(guest, vcpu, address):
                 _require(isinstance(seen, Done), step, seen)
                 self.guests[guest].processors[vcpu].invlpg(address)
@@ -232,12 +270,13 @@ class Machine:
                 _require(isinstance(seen, Done), step, seen)
 
 
-def move(processor: Processor, step: Move) -> None:
-    """A write to a control register. Raises `cpu.ImpossibleState`."""
-    if step.register == "cr3":
-        processor.mov_cr3(step.value)
-    else:
-        processor.change(Cpu(*step.on(processor.cpu)))
+def reloads_pdptes(before: Cpu, after: Cpu, register: str) -> bool:
+    """Whether a write to a control register after which PAE paging is in use loads the PDPTEs.
+
+    Source: SDM Vol. 3A, 4.4.1.
+    """
+    in_cr0, in_cr4 = before.cr0 ^ after.cr0, before.cr4 ^ after.cr4
+    return register == "cr3" or bool(in_cr0 & (CD | NW | PG) or in_cr4 & (PAE | PGE | PSE | SMEP))
 
 
 class _Judged:
@@ -256,7 +295,7 @@ class _Judged:
         self.machine, self.processor = machine, machine.processors[vcpu]
         self.access, self.value, self.seen = access, value, seen
         self.guest, self.look = guest, look
-        self.pieces = pieces(access.address)
+        self.pieces = pieces(access.address, self.processor.cpu.mode.width)
         self.stored: dict[Word, tuple[Word, Word]] = {}
         """The words that the store leaves, by address, and which of their bits it wrote."""
         self.flagged: dict[Word, Word] = {}
@@ -305,11 +344,16 @@ class _Judged:
             must = tuple(update for way in combined for update in way.must)
             yield Way(tuple(way.outcomes[0] for way in combined), must)
 
+    def _access(self, piece: Piece) -> Access:
+        access = self.access
+        same = piece.address == access.address
+        return access if same else access._replace(address=piece.address)
+
     def _fresh(self, piece: Piece) -> Outcome:
-        return self.processor.fresh(self.access._replace(address=piece.address))
+        return self.processor.fresh(self._access(piece))
 
     def _allowed(self, piece: Piece) -> Iterator[Way]:
-        access = self.access._replace(address=piece.address)
+        access = self._access(piece)
         for outcome, must in self.processor.allowed(access):
             yield Way((outcome,), must)
 
@@ -346,7 +390,11 @@ class _Judged:
             word, overwritten = self.stored.get(address, (before, 0))
             bits = may.get(address, 0)
             flags = bits & ~overwritten & ~word
-            if not self._is_writable(address) or (not flags and not overwritten):
+            if not flags and not overwritten:
+                continue
+            if not self._is_writable(address):
+                if self._is_memory(address) and self.look(self.guest, address) != before:
+                    return None
                 continue
             after = self.look(self.guest, address)
             if after & ~flags != word or needed.get(address, 0) & flags & ~after:
@@ -376,6 +424,9 @@ class _Judged:
             if not self._is_writable(outcome.pa):
                 part = self.value >> piece.shift & low_bits(8 * piece.size + 1) >> 1
                 yield DeviceWrite(outcome.pa, piece.size, part)
+
+    def _is_memory(self, address: Word) -> bool:
+        return self.machine.map.slot_of(address >> 12) is not None
 
     def _is_writable(self, address: Word) -> bool:
         slot = self.machine.map.slot_of(address >> 12)
@@ -421,6 +472,8 @@ def _tell(seen: Seen | Outcome) -> str:
             return f"a walk to {address:#x}, where no memory is"
         case NonCanonical():
             return kind(seen)
+        case GeneralProtection():
+            return "#GP"
     return str(seen)
 
 
@@ -449,7 +502,8 @@ def _same(outcome: Outcome, address: Word, seen: Seen) -> bool:
             difference = (outcome.error_code ^ seen.error_code) & ~outcome.open_bits & WORD
             return difference == 0 and address == seen.cr2
         case OutsideMemory(), OutsideMemory():
-            return outcome.address == seen.address
+            # Memory is read in words: of which half the entry is does not show.
+            return (outcome.address ^ seen.address) >> 3 == 0
         case NonCanonical(), NonCanonical():
             return True
     return False
@@ -460,12 +514,14 @@ def _require(condition: bool, step: Step, seen: Seen) -> None:
         raise Departure(f"{type(step).__name__} was seen to be {_tell(seen)}")
 
 
-def pieces(address: Word) -> tuple[Piece, ...]:
-    """The 8 bytes at an address, page by page."""
+def pieces(address: Word, width: int = 64) -> tuple[Piece, ...]:
+    """The 8 bytes at an address, page by page. Addresses have 32 bits outside long mode."""
+    every = low_bits(32) if width == 32 else WORD
+    address &= every
     first = 0x1000 - (address & 0xFFF)
     if first >= 8:
         return (Piece(address, 8, 0),)
-    return Piece(address, first, 0), Piece(address + first & WORD, 8 - first, 8 * first)
+    return Piece(address, first, 0), Piece(address + first & every, 8 - first, 8 * first)
 
 
 def load_bytes(load: Callable[[Word], Word], address: Word, size: int) -> Word:

@@ -9,8 +9,24 @@ are about a few pages and about the entries that map them.
 from functools import cache
 
 from vapama.spec.access import Access
-from vapama.spec.cpu import AC, LMA, LME, NXE, PAE, PCIDE, PE, PG, RFLAGS_ONE, SMAP, SMEP, WP, Cpu
-from vapama.spec.machine import Machine
+from vapama.spec.cpu import (
+    AC,
+    LA57,
+    LMA,
+    LME,
+    NXE,
+    PAE,
+    PCIDE,
+    PE,
+    PG,
+    PSE,
+    RFLAGS_ONE,
+    SMAP,
+    SMEP,
+    WP,
+    Cpu,
+)
+from vapama.spec.machine import GuestMachine, Machine
 from vapama.spec.paging import (
     ACCESSED,
     DIRTY,
@@ -22,6 +38,7 @@ from vapama.spec.paging import (
     WRITABLE,
 )
 from vapama.spec.steps import (
+    NPT,
     SHADOW,
     Evict,
     GuestPlan,
@@ -41,28 +58,60 @@ from vapama.spec.steps import (
     Store,
     Unmap,
 )
+from vapama.spec.tlb import PGE
 from vapama.spec.words import Word
 
 # The guest frames of the tables that a guest begins with.
 ROOT, POINTERS, DIRECTORY, LOW, HIGH, OTHER_ROOT, SPARE = 1, 2, 3, 4, 5, 6, 7
+DIRECTORY_32, TABLE_32 = 12, 13
 PAGES = 16
 """Pages 0 to 15 of the backing are the memory slot 0, at guest frame 0."""
 MAIN = Slot(0, PAGES, 0)
 ALIAS = Slot(24, 4, 8)
 """The guest frames at which pages 8 to 11 are a second time."""
 ROM = Slot(32, 2, PAGES, readonly=True)
-ELSEWHERE = Slot(28, 4, 8)
+ELSEWHERE = Slot(520, 4, 8)
+"""Those guest frames moved, out of the first 2 MBytes."""
 ROM_TABLE = 33
 """A guest frame of the read-only slot that holds a table."""
 DEVICE = 40
 """A guest frame in no memory slot."""
-FRAMES = (*range(PAGES), *range(24, 32), 32, 33, DEVICE, 41, 24, 25, DEVICE, 41)
+FRAMES: tuple[int, ...] = (
+    *range(PAGES),
+    *range(24, 28),
+    *range(520, 524),
+    32,
+    33,
+    DEVICE,
+    41,
+    24,
+    25,
+    DEVICE,
+    41,
+)
 """The guest frames that entries name."""
-PGE = 1 << 7
+FOUR, FIVE, PAE_PAGING, LEGACY, OFF = range(5)
+"""The paging modes: with 4 and 5 levels, PAE and 32-bit paging, none."""
+HOMES = (FOUR, FOUR, FOUR, FIVE, PAE_PAGING, PAE_PAGING, LEGACY, LEGACY)
+"""The paging mode that a program begins in, and the one that it goes to from there."""
+AWAY = (OFF, FOUR, FIVE, PAE_PAGING, LEGACY, PAE_PAGING, LEGACY, FOUR)
+PDPT = SPARE << 12 | 0xFE0
+"""Where the four PDPTEs of PAE paging are, in the last words of a page."""
+ROOTS: dict[int, tuple[int, ...]] = {
+    FOUR: (ROOT << 12, OTHER_ROOT << 12, ROOT << 12, OTHER_ROOT << 12, POINTERS << 12, 40 << 12),
+    FIVE: (SPARE << 12, SPARE << 12, ROOT << 12, SPARE << 12, OTHER_ROOT << 12, 40 << 12),
+    PAE_PAGING: (PDPT, PDPT, PDPT, POINTERS << 12, PDPT, 40 << 12),
+    LEGACY: (DIRECTORY_32 << 12, DIRECTORY_32 << 12, LOW << 12, TABLE_32 << 12) * 2,
+    OFF: (PDPT, DIRECTORY_32 << 12, ROOT << 12, SPARE << 12),
+}
+"""What programs load into CR3."""
+CR4 = {FOUR: PAE, FIVE: PAE | LA57, PAE_PAGING: PAE, LEGACY: PSE, OFF: 0}
+"""What the modes need of CR4."""
 OPEN = PRESENT | WRITABLE | USER
 USED = OPEN | ACCESSED | DIRTY
 
 
+@cache
 def image() -> dict[int, Word]:
     """The tables that a guest begins with, by guest-physical address."""
     words: dict[int, Word] = {}
@@ -78,14 +127,38 @@ def image() -> dict[int, Word]:
     put(DIRECTORY, 1, HIGH << 12 | OPEN)
     put(DIRECTORY, 2, PAGE_SIZE | OPEN)  # all of memory as one 2-MByte page
     put(DIRECTORY, 3, LOW << 12 | PRESENT | USER)  # the first, to read
+    put(DIRECTORY, 4, LOW << 12 | OPEN)
     for i, gfn in enumerate(FRAMES):
         put(LOW, i, gfn << 12 | OPEN)
         rights = (OPEN, PRESENT | USER, PRESENT | WRITABLE, USED | GLOBAL, PRESENT)[i % 5]
         put(HIGH, i, gfn << 12 | rights | (EXECUTE_DISABLE if i % 7 == 3 else 0))
     for i in (8, 9, 10, 11, 24, 26, 32):
         put(ROM_TABLE, i % 32, FRAMES[i % 32] << 12 | OPEN | (ACCESSED if i & 1 else 0))
-    for i in range(8):
+    for i in (0, 1, 2, 3, 6, 7):
         words[8 + i << 12] = 0x1111 * (i + 1)
+
+    # 5-LEVEL AND PAE PAGING, which share the tables below
+    put(SPARE, 0, ROOT << 12 | OPEN)
+    put(SPARE, 1, OTHER_ROOT << 12 | OPEN)
+    for i, gfn in ((0, DIRECTORY), (1, DIRECTORY), (3, LOW)):
+        put(SPARE, 508 + i, gfn << 12 | PRESENT)
+
+    # 32-BIT PAGING
+    def put_half(table: int, index: int, entry: Word) -> None:
+        where = table << 12 | index >> 1 << 3
+        words[where] = words.get(where, 0) | entry << (index & 1) * 32
+
+    put_half(DIRECTORY_32, 0, TABLE_32 << 12 | OPEN)
+    put_half(DIRECTORY_32, 1, PAGE_SIZE | OPEN)  # all of memory as one 4-MByte page
+    put_half(DIRECTORY_32, 2, TABLE_32 << 12 | PRESENT | USER)
+    put_half(DIRECTORY_32, 3, LOW << 12 | OPEN)
+    put_half(DIRECTORY_32, 4, TABLE_32 << 12 | OPEN)
+    put_half(DIRECTORY_32, 1 << 8, TABLE_32 << 12 | OPEN)
+    put_half(DIRECTORY_32, 3 << 8, DIRECTORY_32 << 12 | OPEN)  # tables are seen through it
+    for i, gfn in enumerate(FRAMES):
+        put_half(TABLE_32, i, gfn << 12 | OPEN)
+        rights = (OPEN, PRESENT | USER, PRESENT | WRITABLE, USED | GLOBAL, PRESENT)[i % 5]
+        put_half(TABLE_32, 512 + i, gfn << 12 | rights)
     return words
 
 
@@ -113,29 +186,47 @@ def small_plan(design: str) -> Plan:
     return Plan((guest,) * 2, design, frames=64)
 
 
-def cpu(style: Word = 0) -> Cpu:
+def cpu(style: Word = 0, design: str = SHADOW) -> Cpu:
     """The control state that processors begin with."""
+    home = HOMES[style >> 29 & 7]
+    long = home in (FOUR, FIVE)
+    pdptes = tuple(image().get(PDPT | i << 3, 0) for i in range(4))
+    in_registers = home == PAE_PAGING and design != NPT
     return Cpu(
         cr0=PG | PE | (style >> 20 & 1 ^ 1) * WP,
-        cr3=ROOT << 12,
-        cr4=PAE
+        cr3=ROOTS[home][0],
+        cr4=CR4[home]
         | (style >> 21 & 1) * SMEP
         | (style >> 22 & style >> 23 & 1) * SMAP
         | (style >> 24 & 1) * PGE
-        | (style >> 25 & style >> 26 & 1) * PCIDE,
-        efer=LME | LMA | (style >> 27 & 1 ^ 1) * NXE,
+        | (style >> 25 & style >> 26 & long) * PCIDE,
+        efer=long * (LME | LMA) | (style >> 27 & 1 ^ 1) * NXE,
         rflags=RFLAGS_ONE | (style >> 28 & 1) * AC,
         maxphyaddr=40,
+        pdptes=pdptes if in_registers else None,
     )
 
 
 def plan(style: Word = 0, design: str = SHADOW, guests: int = 2, vcpus: int = 2) -> Plan:
     """A machine of several guests, all with the same small world.
 
-    `style` is what a program has in mind: bits 19:0 its four pages, 28:20 control bits at first.
+    `style` is what a program has in mind: bits 19:0 its four pages, 28:20 control bits at first,
+    31:29 and 34:32 its paging modes, 35 whether a second stage has five levels, 36 that it has all
+    four pages in mind and not the first alone.
     """
-    guest = GuestPlan((cpu(style),) * vcpus, {0: MAIN, 1: ALIAS, 2: ROM}, image())
-    return Plan((guest,) * guests, design, generations=4)
+    processors = (cpu(style, design),) * vcpus
+    guest = GuestPlan(processors, {0: MAIN, 1: ALIAS, 2: ROM}, image())
+    levels = 4 + (style >> 35 & 1)
+    return Plan((guest,) * guests, design, generations=4, stage_levels=levels)
+
+
+def paging(now: Cpu) -> int:
+    """The paging mode, one of `HOMES`."""
+    if not now.cr0 & PG:
+        return OFF
+    if now.efer & LME:
+        return FIVE if now.cr4 & LA57 else FOUR
+    return PAE_PAGING if now.cr4 & PAE else LEGACY
 
 
 def decode(raw: Word, machine: Machine, style: Word = 0) -> Step:
@@ -145,22 +236,31 @@ def decode(raw: Word, machine: Machine, style: Word = 0) -> Step:
     """
     how, guest, vcpu = raw & 0xFF, raw >> 9 & raw >> 8 & 1, raw >> 10 & raw >> 11 & 1
     guest %= len(machine.guests)
-    vcpu %= len(machine.guests[guest].processors)
+    its = machine.guests[guest]
+    vcpu %= len(its.processors)
     rest = _focused(raw >> 12, style)
+    now = its.processors[vcpu].cpu
+    mode = paging(now)
     if how == 0:
         return Rest()
     if how < 0x48:
-        return Load(guest, vcpu, Access(_address(rest), user=rest >> 40 & 1, fetch=how & 7 == 1))
+        if mode == OFF and raw >> 60 & 1:
+            return _elsewhere(guest, vcpu, raw >> 12, now, style)
+        access = Access(_address(rest, mode), user=rest >> 40 & 1, fetch=how & 7 == 1)
+        return Load(guest, vcpu, access)
     if how < 0x70:
-        return Store(guest, vcpu, Access(_address(rest), 1, user=rest >> 40 & 1), rest >> 22)
+        access = Access(_address(rest, mode), 1, user=rest >> 40 & 1)
+        return Store(guest, vcpu, access, rest >> 22)
     if how < 0xA8:
-        return _edit(guest, vcpu, rest)
+        if mode == LEGACY or (mode == OFF and raw >> 60 & 1):
+            return _edit_32(guest, vcpu, rest, mode, its)
+        return _edit(guest, vcpu, rest, mode)
     if how < 0xBC:
-        return Invlpg(guest, vcpu, _address(rest) & ~0xFFF)
+        return Invlpg(guest, vcpu, _address(rest, mode) & ~0xFFF)
     if how < 0xC0:
-        return Invpcid(guest, vcpu, rest & 3, rest >> 2 & 3, _address(rest >> 4))
+        return Invpcid(guest, vcpu, rest & 3, rest >> 2 & 3, _address(rest >> 4, mode))
     if how < 0xD8:
-        return _move(guest, vcpu, rest, machine.guests[guest].processors[vcpu].cpu)
+        return _move(guest, vcpu, raw >> 12, now, style)
     return _host(guest, vcpu, how, rest)
 
 
@@ -169,18 +269,30 @@ def _focused(rest: int, style: Word) -> int:
     page = rest >> 2 & 0x1F
     if page >= 24:
         return rest
-    return rest & ~0x7C | (style >> 5 * (page & 3) & 0x1F) << 2
+    which = page & 3 if style >> 36 & 1 else 0
+    return rest & ~0x7C | (style >> 5 * which & 0x1F) << 2
 
 
-def _address(rest: int) -> Word:
-    """A linear address: bits 1:0 the page directory's entry, 6:2 the page, 13:7 where in it."""
+def _address(rest: int, mode: int) -> Word:
+    """A linear address: bits 1:0 the page directory's entry, 6:2 the page, 14:7 where in it."""
     offset = (rest >> 7 & 7) << 3
-    how = rest >> 10 & 0x1F
+    how, page = rest >> 10 & 0x1F, rest >> 2 & 0x1F
     if how == 0:
         offset = 0xFF8 + (rest >> 7 & 7)
     elif how == 1:
         offset |= rest >> 15 & 7
-    address = (rest & 3) << 21 | (rest >> 2 & 0x1F) << 12 | offset
+    if mode == OFF:
+        return FRAMES[page] << 12 | offset
+    directory = rest & 3
+    if directory == 3 and rest >> 15 & 1:
+        directory = 8 if mode == LEGACY else 4  # the first table again
+    elif directory == 3 and mode == LEGACY:
+        directory = 4
+    address = directory << 21 | page << 12 | offset
+    if mode in (PAE_PAGING, LEGACY):
+        if how in (2, 3):
+            address |= (1 | rest >> 14 & 2) << 30
+        return address
     if how == 2:  # through the root's entry for itself
         address = 1 << 39 | (rest >> 15 & 1) << 30 | address & 0x601FFF
     if how == 3 and rest >> 15 & 3 == 0:
@@ -188,7 +300,7 @@ def _address(rest: int) -> Word:
     return address
 
 
-def _edit(guest: int, vcpu: int, rest: int) -> Step:
+def _edit(guest: int, vcpu: int, rest: int, mode: int) -> Step:
     """A store to a table: of an entry, to a place that matters, through one of its mappings."""
     table = (
         (LOW, HIGH)[rest & 1]
@@ -196,10 +308,50 @@ def _edit(guest: int, vcpu: int, rest: int) -> Step:
         else (LOW, HIGH, DIRECTORY, DIRECTORY, POINTERS, ROOT, OTHER_ROOT, SPARE)[rest >> 7 & 7]
     )
     index = rest >> 2 & (0x1F if table in (LOW, HIGH, SPARE) else 3)
-    through = (0, 0, 1, 2)[rest >> 44 & 3] << 21
+    through = 0 if mode == OFF else (0, 0, 1, 2)[rest >> 44 & 3] << 21
     frame = FRAMES[rest >> 10 & 0x1F]
     if table not in (LOW, HIGH):
         frame = (LOW, HIGH, LOW, HIGH, SPARE, DIRECTORY, ROM_TABLE, frame)[rest >> 15 & 7]
+    entry = _flags(rest, frame)
+    if rest >> 26 & 7 == 0:
+        entry |= EXECUTE_DISABLE
+    if rest >> 32 & 15 == 0 and table == DIRECTORY:
+        entry = entry & ~(frame << 12) | PAGE_SIZE
+    if rest >> 36 & 63 == 0:
+        entry |= 1 << (45, 7, 55, 7)[rest >> 42 & 3]
+    if mode == PAE_PAGING and table in (POINTERS, ROOT, OTHER_ROOT):
+        table, index = SPARE, 508 | index
+        entry = (DIRECTORY, LOW, DIRECTORY, DIRECTORY)[rest >> 15 & 3] << 12 | entry & PRESENT
+        if rest >> 36 & 15 == 0:
+            entry |= WRITABLE
+    address = through | table << 12 | index << 3
+    return Store(guest, vcpu, Access(address, 1, user=rest >> 43 & 1), entry)
+
+
+def _edit_32(guest: int, vcpu: int, rest: int, mode: int, its: GuestMachine) -> Step:
+    """A store to a table of 32-bit paging, of one entry or of two."""
+    table = (DIRECTORY_32, TABLE_32, TABLE_32, TABLE_32)[rest & 3]
+    if table == TABLE_32:
+        index, frame = (rest >> 7 & 1) << 9 | rest >> 2 & 0x1F, FRAMES[rest >> 10 & 0x1F]
+    else:
+        index = (rest >> 2 & 3) << (8 if rest >> 7 & 7 == 0 else 0)
+        frame = (TABLE_32, LOW, TABLE_32, DIRECTORY_32)[rest >> 15 & 3]
+    entry = _flags(rest, frame)
+    if rest >> 32 & 7 == 0 and table == DIRECTORY_32:
+        entry = entry & ~(frame << 12) | PAGE_SIZE | (rest >> 36 & 3) << 20
+    through = 0 if mode == OFF else (0, 0, 1, 2)[rest >> 44 & 3] << 21
+    where = table << 12 | index << 2
+    access = Access(through | where, 1, user=rest >> 43 & 1)
+    if rest >> 40 & 7 == 0:
+        return Store(guest, vcpu, access, entry << 32 | _flags(rest >> 3, frame))
+    # The other half of an aligned word stays as it is.
+    old, shift = its.map.load(where & ~7), (index & 1) * 32
+    word = old & ~(0xFFFF_FFFF << shift) | entry << shift
+    return Store(guest, vcpu, access._replace(address=access.address & ~7), word)
+
+
+def _flags(rest: int, frame: int) -> Word:
+    """An entry for a frame, mostly one that can be used for all."""
     entry = frame << 12 | USED
     how = rest >> 18 & 0xFF
     if how < 0x20:
@@ -212,42 +364,61 @@ def _edit(guest: int, vcpu: int, rest: int) -> Step:
         entry &= ~DIRTY
     if how & 3 == 2:
         entry &= ~(ACCESSED | DIRTY)
-    if rest >> 26 & 7 == 0:
-        entry |= EXECUTE_DISABLE
     if rest >> 29 & 7 == 0:
         entry |= GLOBAL
-    if rest >> 32 & 15 == 0 and table == DIRECTORY:
-        entry = entry & ~(frame << 12) | PAGE_SIZE
-    if rest >> 36 & 63 == 0:
-        entry |= 1 << (45 if rest >> 42 & 1 else 7)
-    address = through | table << 12 | index << 3
-    return Store(guest, vcpu, Access(address, 1, user=rest >> 43 & 1), entry)
+    return entry
 
 
-def _move(guest: int, vcpu: int, rest: int, now: Cpu) -> Step:
+def _move(guest: int, vcpu: int, rest: int, now: Cpu, style: Word) -> Step:
     """A change of control state that a processor can make."""
-    how = rest & 7
-    if how < 3:
-        cr3 = (ROOT, OTHER_ROOT, ROOT, OTHER_ROOT, POINTERS, DEVICE, ROOT, ROOT)[
-            rest >> 3 & 7
-        ] << 12
+    how = rest & 15
+    if how < 5:
+        roots = ROOTS[paging(now)]
+        cr3 = roots[(rest >> 4 & 7) % len(roots)]
         if now.cr4 & PCIDE:
-            cr3 |= rest >> 6 & 3 | (rest >> 8 & 1) << 63
+            cr3 |= rest >> 7 & 3 | (rest >> 9 & 1) << 63
         return Move(guest, vcpu, "cr3", cr3)
-    if how == 3:
-        return Move(guest, vcpu, "cr0", now.cr0 ^ WP)
-    if how == 4:
-        return Move(guest, vcpu, "efer", now.efer ^ NXE)
     if how == 5:
+        return Move(guest, vcpu, "cr0", now.cr0 ^ WP)
+    if how == 6:
+        return Move(guest, vcpu, "efer", now.efer ^ NXE)
+    if how == 7:
         return Move(guest, vcpu, "rflags", now.rflags ^ AC)
-    bit = (SMEP, SMAP, PGE, PCIDE)[rest >> 3 & 3]
-    if bit == PCIDE and not now.cr4 & PCIDE and now.cr3 & 0xFFF:
+    if how >= 12:
+        return _elsewhere(guest, vcpu, rest, now, style)
+    bit: Word = (SMEP, SMAP, PGE, PCIDE, PSE, SMAP, PGE, PCIDE)[rest >> 4 & 7]
+    if bit == PCIDE and not now.cr4 & PCIDE and (now.cr3 & 0xFFF or not now.efer & LMA):
         return Rest()
     return Move(guest, vcpu, "cr4", now.cr4 ^ bit)
 
 
+def _elsewhere(guest: int, vcpu: int, rest: int, now: Cpu, style: Word) -> Step:
+    """A step on the way between the paging modes of a style: all ways lead through paging off.
+
+    Source: SDM Vol. 3A, 4.1.2 and 10.8.5.
+    """
+    home, goal = HOMES[style >> 29 & 7], AWAY[style >> 32 & 7]
+    if goal == OFF or rest >> 4 & 3 == 0:
+        goal = home
+    if now.cr4 & PCIDE:
+        return Move(guest, vcpu, "cr4", now.cr4 ^ PCIDE)
+    if now.cr0 & PG:
+        return Move(guest, vcpu, "cr0", now.cr0 ^ PG)
+    cr4 = now.cr4 & ~(PAE | LA57) | CR4[goal]
+    if now.cr4 != cr4:
+        return Move(guest, vcpu, "cr4", cr4)
+    if (now.efer & LME != 0) != (goal in (FOUR, FIVE)):
+        return Move(guest, vcpu, "efer", now.efer ^ LME)
+    if now.cr3 not in ROOTS[goal][:3]:
+        return Move(guest, vcpu, "cr3", ROOTS[goal][rest >> 6 & 1])
+    return Move(guest, vcpu, "cr0", now.cr0 ^ PG)
+
+
 def _host(guest: int, vcpu: int, how: int, rest: int) -> Step:
-    page = FRAMES[rest >> 2 & 0x1F] & 0xF if rest & 2 else (LOW, HIGH, DIRECTORY, 8)[rest >> 8 & 3]
+    page = (LOW, HIGH, DIRECTORY, DIRECTORY_32)[rest >> 8 & 3]
+    if rest & 3:
+        gfn = FRAMES[rest >> 2 & 0x1F]
+        page = gfn if gfn < PAGES else 8 + (gfn & 3)
     if how < 0xE2:
         return Unmap(guest, page)
     if how < 0xE8:

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
+from vapama.spec import modes
 from vapama.spec.anatomy import Anatomy, MachineView, ProcessorView, Role, SlotView, TablePage
-from vapama.spec.paging import ACCESSED, DIRTY, FRAME, PAGE_SIZE, PRESENT
+from vapama.spec.modes import ACCESSED, DIRTY, FRAME, FRAME_32, PAGE_SIZE, PRESENT
 from vapama.spec.steps import EPT, SHADOW
-from vapama.spec.words import Word
+from vapama.spec.words import Word, low_bits
 
 X, W, U = 1, 2, 4
 RESERVED = 1 << 51
@@ -23,6 +24,8 @@ RESERVED = 1 << 51
 an entry is a device's."""
 DEVICE_GFN = (1 << 39) - 1
 GENERATION = (1 << 11) - 1
+EPT_DIRTY = 1 << 9
+"""The dirty flag of an entry of extended page tables."""
 
 
 class Violation(AssertionError):
@@ -35,31 +38,37 @@ class Violation(AssertionError):
 
 
 class Entry(NamedTuple):
-    """What an entry of the hypervisor's tables says: a leaf's frame and rights, or a table."""
+    """What an entry of the hypervisor's tables says: a leaf's frame and rights, or a table; whether
+    its dirty flag is set.
+    """
 
     leaf: bool
     frame: int
     rights: int
+    dirty: bool
 
 
 def audit(machine: MachineView) -> Iterator[Violation]:
     """Every rule that does not hold in a machine."""
     # THE ENTRIES, out of memory
-    owner: dict[int, int] = {}
-    for number, guest in enumerate(machine.guests):
-        for frame in (*guest.tables, *guest.dying):
-            owner[frame] = number
+    wanted: dict[int, dict[int, Word]] = {}
     found: list[dict[int, Word]] = [{} for _ in machine.guests]
+    copied: dict[int, dict[int, Word]] = {}
+    for guest, entries in zip(machine.guests, found, strict=True):
+        wanted.update(dict.fromkeys((*guest.tables, *guest.dying), entries))
+        for page in guest.swapped:
+            if page in guest.backed:
+                frame = guest.backed[page]
+                wanted[frame] = copied[frame] = {}
     for index, word in machine.memory.items():
-        if word:
-            number = owner.get(index >> 9, -1)
-            if number >= 0:
-                found[number][index] = word
+        words = wanted.get(index >> 9)
+        if words is not None and word:
+            words[index] = word
 
     # THE RULES
     yield from frames_are_used_once(machine)
     for guest, entries in zip(machine.guests, found, strict=True):
-        yield from _Audit(machine.memory, guest, entries).run()
+        yield from _Audit(machine.memory, guest, entries, copied).run()
 
 
 def frames_are_used_once(machine: MachineView) -> Iterator[Violation]:
@@ -149,7 +158,7 @@ def state(machine: MachineView) -> bytes:
         for processor in guest.processors:
             parts += [
                 list(processor.cpu),
-                list(processor.roots),
+                [list(root) for root in processor.roots],
                 processor.flush,
                 processor.sync,
                 sorted(map(tuple, processor.cached())),
@@ -159,17 +168,26 @@ def state(machine: MachineView) -> bytes:
 
 
 class _Audit:
-    """The audit of one guest's tables. `entries` are the words of its tables that are not 0."""
+    """The audit of one guest's tables. `entries` are the words of its tables that are not 0, and
+    `copied` those of frames with pages that were swapped out before.
+    """
 
     def __init__(
-        self, memory: Mapping[int, Word], guest: Anatomy, entries: dict[int, Word]
+        self,
+        memory: Mapping[int, Word],
+        guest: Anatomy,
+        entries: dict[int, Word],
+        copied: dict[int, dict[int, Word]],
     ) -> None:
+        self.copied = copied
         self.memory, self.guest, self.entries = memory, guest, entries
         self.slots = list(guest.slots.values())
         self.leaves: dict[int, int] = {}
         """Rights that leaves give, by ``frame << 9 | place in its table << 2 | level``."""
         self.mapped_by: dict[int, int] = {}
         """The guest frame of each entry that the reverse map names."""
+        self.dirty: list[tuple[int, int]] = []
+        """Frames that leaves with a dirty flag map, from the first to before the second."""
         self.links: dict[int, int] = {}
         """The table that an entry leads to, by index."""
         self.shadowed = {
@@ -191,6 +209,7 @@ class _Audit:
                 yield Violation(3, "the reverse map names an entry that maps nothing", index)
         for page in self.guest.tables.values():
             yield from self._page(page)
+        yield from self._copies()
         for processor in self.guest.processors:
             yield from self._processor(processor)
 
@@ -211,6 +230,17 @@ class _Audit:
         if frame is None:
             return self.guest.swapped.get(page, {}).get(place, 0)
         return self.memory[frame << 9 | place]
+
+    def guest_entry(self, page: TablePage, index: int, role: Role) -> Word | None:
+        """The guest's entry that an entry stands for; None if there is no memory."""
+        place = index & 511
+        if role.entry_bytes == 8:
+            return self.guest_word(page.gfn, place)
+        place |= role.quadrant << 9
+        if page.level == 2:
+            place >>= 1
+        word = self.guest_word(page.gfn, place >> 1)
+        return None if word is None else word >> 32 * (place & 1) & 0xFFFF_FFFF
 
     def _reverse_map(self) -> Iterator[Violation]:
         """Rule 3: what the reverse map names; that it is an entry, `_leaf` and `run` see to."""
@@ -251,6 +281,8 @@ class _Audit:
         place = index & 511 if guest.design == SHADOW else 0
         key = said.frame << 11 | place << 2 | page.level
         self.leaves[key] = self.leaves.get(key, 0) | said.rights
+        if said.dirty:
+            self.dirty.append((said.frame, said.frame + size))
 
         slot = self.slot_of(gfn)
         if slot is None or gfn + size > slot.end:
@@ -297,7 +329,7 @@ class _Audit:
             if beyond & ~W or (beyond and (role.wp or rights & U)):
                 yield Violation(10, "a leaf has rights that its table was not given", index)
             return
-        gpte = self.guest_word(page.gfn, index & 511)
+        gpte = self.guest_entry(page, index, role)
         if gpte is None or not gpte & PRESENT or not self._has(page, gpte, ACCESSED):
             yield Violation(8, "a leaf stands for an entry that translates nothing", index)
             return
@@ -343,7 +375,7 @@ class _Audit:
         if (child.unsync or child.unsync_children) and index not in page.unsync_children:
             yield Violation(14, "an unsync page is not marked in the table above it", index)
         role = self.guest.role_of
-        if role(child.role) != role(page.role):
+        if role(child.role)[:-1] != role(page.role)[:-1]:
             yield Violation(11, "a table is used under another role than its own", index)
         if page.direct:
             size = 1 << 9 * (page.level - 1)
@@ -357,19 +389,22 @@ class _Audit:
     def _shadow_link(
         self, page: TablePage, index: int, child: TablePage, role: Role
     ) -> Iterator[Violation]:
-        gpte = self.guest_word(page.gfn, index & 511)
+        gpte = self.guest_entry(page, index, role)
         if gpte is None or not gpte & PRESENT:
             yield Violation(8, "a table stands for an entry that leads nowhere", index)
             return
+        maps_page = gpte & PAGE_SIZE and page.level < 4 and role.page_size
         given = page.access & rights_of(gpte)
         if child.direct:
-            size = 1 << 9 * (page.level - 1)
-            if not gpte & PAGE_SIZE or child.gfn != (gpte >> 12 & FRAME >> 12) & ~(size - 1):
+            if not maps_page or child.gfn != first_frame(page.level, index, gpte, role):
                 yield Violation(8, "a direct table stands for another page of the guest's", index)
             if excess(child.access, given & ~(0 if self._has(page, gpte, DIRTY) else W), role):
                 yield Violation(10, "a direct table has rights that the guest does not give", index)
             return
-        if gpte & PAGE_SIZE and page.level < 4:
+        half = index & 1 if role.entry_bytes == 4 else 0
+        if self.guest.role_of(child.role).quadrant != half:
+            yield Violation(9, "a table has another quadrant than the entry above it", index)
+        if maps_page:
             yield Violation(8, "a table stands where the guest maps a page", index)
         elif child.gfn != gpte >> 12 & FRAME >> 12:
             yield Violation(8, f"table {child.gfn:#x} is not the one that the guest names", index)
@@ -386,26 +421,39 @@ class _Audit:
         if page.invalid:
             yield Violation(12, "an invalid table is in use", where)
         role = self.guest.role_of(page.role)
-        if role.quadrant and role.entry_bytes != 4:
+        if role.quadrant and (page.direct or role.entry_bytes != 4):
             yield Violation(9, "a table of 8-byte entries has a quadrant", where)
         for index in page.parents:
             if self.links.get(index) != page.frame:
                 yield Violation(13, "a table claims a parent that does not lead to it", index)
-        roots = sum(list(p.roots).count(page.frame) for p in self.guest.processors)
+        roots = sum(list(r).count(page.frame) for p in self.guest.processors for r in p.roots)
         if self.guest.design == SHADOW and page.roots != roots:
             yield Violation(12, f"a table counts {page.roots} roots, and there are {roots}", where)
+
+    def _copies(self) -> Iterator[Violation]:
+        """Rule 25: what was written since it was swapped in is known to have been: an entry's dirty
+        flag says so, or the copy was given up.
+        """
+        for page, copy in self.guest.swapped.items():
+            frame = self.guest.backed.get(page)
+            if frame is None or any(first <= frame < end for first, end in self.dirty):
+                continue
+            if self.copied[frame] != {frame << 9 | i: word for i, word in copy.items() if word}:
+                yield Violation(25, f"page {page} was written, and its copy is still believed")
 
     # PROCESSORS
 
     def _processor(self, processor: ProcessorView) -> Iterator[Violation]:
         """Rules 11, 12 and 19: a processor's roots, and all that its core could still use."""
         guest = self.guest
-        for frame in processor.roots:
-            if frame and frame not in guest.tables and frame not in guest.dying:
-                yield Violation(12, f"a processor's root, frame {frame:#x}, was freed")
-        if guest.design == SHADOW and processor.roots[0] in guest.tables:
-            root = guest.tables[processor.roots[0]]
-            yield from self._root(processor, root)
+        for root in processor.roots:
+            for frame in root:
+                if frame and frame not in guest.tables and frame not in guest.dying:
+                    yield Violation(12, f"a processor's root, frame {frame:#x}, was freed")
+        if guest.design == SHADOW:
+            for gbyte, frame in enumerate(processor.roots[0]):
+                if frame in guest.tables:
+                    yield from self._root(processor, gbyte, guest.tables[frame])
         if processor.flush:
             return
         for pcid, address, level, frame, rights in processor.cached():
@@ -430,14 +478,37 @@ class _Audit:
     def _is_memory(self, frame: int) -> bool:
         return frame in self.guest.backed.values()
 
-    def _root(self, processor: ProcessorView, root: TablePage) -> Iterator[Violation]:
-        cpu, role = processor.cpu, self.guest.role_of(root.role)
+    def _root(self, processor: ProcessorView, gbyte: int, root: TablePage) -> Iterator[Violation]:
+        """Rules 9, 11 and 17: a root in use is for the processor's registers as they are."""
+        cpu, role, mode = processor.cpu, self.guest.role_of(root.role), processor.cpu.mode
+        levels = mode.levels if mode.width > 32 else modes.PAE.levels
+        if root.level != len(levels):
+            yield Violation(11, f"a root of level {root.level} is used in {mode.name}")
+        if mode is modes.OFF:
+            if not root.direct or root.gfn != gbyte << 18:
+                yield Violation(17, f"with paging off the root {gbyte} is for {root.gfn:#x}")
+            return
         not_wp = cpu.wp ^ 1
-        now = (cpu.nxe, cpu.wp, cpu.smep & not_wp, cpu.smap & not_wp)
-        if role[:4] != now:
-            yield Violation(11, f"the root's role {tuple(role[:4])} is not the processor's {now}")
-        if root.gfn != cpu.cr3 >> 12 & FRAME >> 12:
+        now = (cpu.nxe, cpu.wp, cpu.smep & not_wp, cpu.smap & not_wp, mode.entry_bytes)
+        if role[:5] != now:
+            yield Violation(11, f"the root's role {tuple(role[:5])} is not the processor's {now}")
+        if role.quadrant != (gbyte if mode.entry_bytes == 4 else 0):
+            yield Violation(9, f"quadrant {role.quadrant} is the root of GByte {gbyte}")
+        its = cpu.cr3 & mode.root
+        if mode is modes.PAE and cpu.pdptes is not None:
+            its = cpu.pdptes[gbyte] & FRAME
+        if root.direct or root.gfn != its >> 12:
             yield Violation(17, f"the root shadows table {root.gfn:#x}, not the one of CR3")
+
+
+def first_frame(level: int, index: int, gpte: Word, role: Role) -> int:
+    """The first guest frame that an entry of a shadow table maps, where the guest's maps a large
+    page: of a 4-MByte page each of two entries has a half (SDM Vol. 3A, table 4-4).
+    """
+    if role.entry_bytes == 4:
+        page = gpte & FRAME_32 & ~low_bits(22) | (gpte >> 13 & low_bits(8)) << 32
+        return page >> 12 | (index & 1) << 9
+    return (gpte >> 12 & FRAME >> 12) & ~((1 << 9 * (level - 1)) - 1)
 
 
 def read_entry(design: str, level: int, word: Word) -> Entry | None:
@@ -446,11 +517,13 @@ def read_entry(design: str, level: int, word: Word) -> Entry | None:
         if word & 7 == W | 4:
             return None
         rights = (word >> 2 & X) | word & W | U
-        return Entry(level == 1 or word & PAGE_SIZE != 0, word >> 12 & FRAME >> 12, rights)
+        leaf = level == 1 or word & PAGE_SIZE != 0
+        return Entry(leaf, word >> 12 & FRAME >> 12, rights, word & EPT_DIRTY != 0)
     if word & RESERVED:
         return None
     frame = word >> 12 & FRAME >> 12
-    return Entry(level == 1 or word & PAGE_SIZE != 0, frame, rights_of(word))
+    leaf = level == 1 or word & PAGE_SIZE != 0
+    return Entry(leaf, frame, rights_of(word), word & DIRTY != 0)
 
 
 def rights_of(entry: Word) -> int:

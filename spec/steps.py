@@ -10,8 +10,8 @@ hosts it, which memory slots map to gfns. Source: the KVM API, Documentation/vir
 from typing import NamedTuple, TypeAlias
 
 from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu
-from vapama.spec.outcomes import NonCanonical, OutsideMemory
+from vapama.spec.cpu import LMA, LME, PG, Cpu
+from vapama.spec.outcomes import GeneralProtection, NonCanonical, OutsideMemory
 from vapama.spec.words import Word
 
 SHADOW, EPT, NPT = "shadow", "ept", "npt"
@@ -44,7 +44,8 @@ class Plan(NamedTuple):
 
     `frames` are pages of machine memory. `shadow_pages` is how many pages of tables a guest may
     have before the oldest are reclaimed. `generations` of the memory slots are told apart in what
-    is remembered of devices. `host_maxphyaddr` is the real processor's address width.
+    is remembered of devices. `host_maxphyaddr` is the real processor's address width,
+    `stage_levels` how many levels its second stage has, if it has one.
     """
 
     guests: tuple[GuestPlan, ...]
@@ -53,6 +54,14 @@ class Plan(NamedTuple):
     shadow_pages: int = 64
     generations: int = 1 << 11
     host_maxphyaddr: int = 46
+    stage_levels: int = 4
+
+    @property
+    def has_pdpte_registers(self) -> bool:
+        """Whether guests have the PDPTEs of PAE paging in registers, which MOV to CR3 loads. With
+        nested paging each walk reads them from memory instead (APM Vol. 2, 15.25.10).
+        """
+        return self.design != NPT
 
 
 # What guests do.
@@ -88,9 +97,14 @@ class Move(NamedTuple):
     value: Word
 
     def on(self, cpu: Cpu) -> Cpu:
-        """The control state after it; bit 63 of CR3 aside, as it is written. It is not checked."""
+        """The control state after it; bit 63 of CR3 aside, as it is written. It is not checked.
+
+        EFER.LMA follows from LME and CR0.PG (SDM Vol. 3A, 4.1.1). PDPTEs are not loaded.
+        """
         fields = zip(Cpu._fields, cpu, strict=True)
-        return Cpu._make(self.value if name == self.register else old for name, old in fields)
+        after = Cpu._make(self.value if name == self.register else old for name, old in fields)
+        active = after.efer & LME and after.cr0 & PG
+        return after._replace(efer=after.efer & ~LMA | (LMA if active else 0))
 
 
 class Invlpg(NamedTuple):
@@ -216,7 +230,8 @@ class Done(NamedTuple):
     """The step was made; there is nothing to see."""
 
 
-Seen: TypeAlias = Loaded | Stored | Harvested | Done | Faulted | NonCanonical | OutsideMemory
+Refused: TypeAlias = GeneralProtection | NonCanonical | OutsideMemory
+Seen: TypeAlias = Loaded | Stored | Harvested | Done | Faulted | Refused
 
 
 def device_word(address: Word) -> Word:

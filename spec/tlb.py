@@ -387,6 +387,7 @@ class Processor:
     def _roots(self) -> list[tuple[Cpu, Tag, Times]]:
         """The roots with which mappings were made that may be used now, as the control state of now
         with that root; the tags of the mappings, and when it was. The root of now comes first.
+        With paging off no mappings are made.
         """
         until, vpid, now = self.history.time + 1, self.context.tag.vpid, self.cpu
         masks = now.cr3 & (LAM_U57 | LAM_U48)
@@ -394,7 +395,7 @@ class Processor:
         for context in reversed(self.contexts):
             times = (1 << until) - (1 << context.start)
             until = context.start
-            if context.tag.vpid != vpid:
+            if context.tag.vpid != vpid or context.cpu.cr0 & PG == 0:
                 continue
             cr3, pdptes = context.cpu.cr3 & ~(LAM_U57 | LAM_U48) | masks, context.cpu.pdptes
             tag = context.tag
@@ -408,10 +409,11 @@ class Processor:
         return found
 
     def _running(self, tag: Tag) -> Times:
-        """When it ran with this tag, and so could make mappings of it."""
+        """When it ran with this tag and paging on, and so could make mappings of it."""
         times, until = 0, self.history.time + 1
         for context in reversed(self.contexts):
-            if (context.tag.vpid == tag.vpid) & (context.tag.pcid == tag.pcid):
+            on = context.cpu.cr0 & PG != 0
+            if on & (context.tag.vpid == tag.vpid) & (context.tag.pcid == tag.pcid):
                 times |= (1 << until) - (1 << context.start)
             until = context.start
         return times

@@ -164,8 +164,8 @@ def test_a_fault_in_the_second_page_leaves_what_is_cached_for_the_first(design: 
 
 
 def test_the_machine_wants_the_address_of_a_fault() -> None:
-    absent = Load(0, 0, Access(0x800000))
-    for cr2, right in ((0x800000, True), (0x801000, False)):
+    absent = Load(0, 0, Access(0xE00000))
+    for cr2, right in ((0xE00000, True), (0xE01000, False)):
         machine = Machine(programs.plan())
         if right:
             machine.check(absent, Faulted(0, cr2), marked)
