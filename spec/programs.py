@@ -423,10 +423,10 @@ def _host(guest: int, vcpu: int, how: int, rest: int) -> Step:
         return Unmap(guest, page)
     if how < 0xE8:
         return Migrate(guest, page)
-    if how < 0xEB:
-        return Log(guest, rest & 1, rest & 6 != 0)
+    if how < 0xEC:
+        return Log(guest, int(rest & 3 == 0), rest >> 8 & 1 == 0)
     if how < 0xF0:
-        return Harvest(guest, rest & 1)
+        return Harvest(guest, int(rest & 3 == 0))
     if how < 0xF3:
         return Evict(guest, vcpu)
     if how < 0xF6:

@@ -167,7 +167,7 @@ def state_of(view: MachineView) -> State:
                 its_own[f"TLB, {_cached(cached)}"] = ""
             for index, word in processor.upper():
                 its_own[f"cached entry at {index << 3:#x} = {word:#x}"] = ""
-            its_own["root"] = f"{processor.roots[0]:#x}" if processor.roots else "none"
+            its_own["root"] = ", ".join(f"{frame:#x}" for frame in processor.roots[0]) or "none"
             its_own["will flush"] = str(processor.flush)
             its_own["will synchronize"] = str(processor.sync)
     for index, word in view.memory.items():

@@ -48,7 +48,7 @@ def test_a_program_is_told_step_by_step_to_where_it_leaves_what_is_allowed(tmp_p
     lines = explained(tmp_path, case)
     assert in_order(
         lines, "machine  shadow", "step 1   guest", "  fresh  outcome  translated to", "  seen   ",
-        "  now    byte", "  now    + table in frame", "  now    entry", "  now    guest 0, vcpu",
+        "  now    byte", "  now    + table in frame", "  now    entry", "  now    guest",
         "step 2   guest", "  fresh  PTE", "  seen   stored", "  now    entry",
         "the claim fails: Departure: a store",
     )  # fmt: skip

@@ -251,9 +251,9 @@ class Followed:
         """INVLPG was made, or a page fault reflected."""
         reader = self.reader(vcpu.number, vcpu.core.pcid >> 54, address >> 12)
         context = vcpu.context
-        for root in (context.root, *(page for _, _, page in context.cached)):
+        for root in (context.root, *(root for _, _, root in context.cached)):
             if root is not None and not root.invalid:
-                page = root
+                page = root.page(address)
                 while page is not None and page.level > 1:
                     word = self.guest.ram[page.base | address >> 3 + 9 * page.level & 511]
                     page = self.mmu.pages.get(named(word)) if word & PRESENT else None
@@ -561,7 +561,7 @@ def runs(module: Any, programs: int) -> Counter[str]:
 
 
 def test_every_event_of_random_programs_is_one_that_the_model_allows() -> None:
-    steps = runs(followed(), 60)
+    steps = runs(followed(), 90)
     assert not [name for name in STEPS if not steps[name]]
 
 
