@@ -29,7 +29,7 @@ from vapama.oracles.machine import ALIVE
 from vapama.oracles.native import GENERAL_PROTECTION, PAGE_FAULT, STACK_FAULT
 from vapama.oracles.qemu import EMULATOR
 from vapama.spec.access import Access
-from vapama.spec.cpu import AC, PCIDE, RFLAGS_ONE, SMAP, SMEP, Cpu
+from vapama.spec.cpu import AC, PCIDE, PG, RFLAGS_ONE, SMAP, SMEP, Cpu
 from vapama.spec.outcomes import NonCanonical
 from vapama.spec.steps import (
     DeviceWrite,
@@ -396,6 +396,8 @@ def can(step: Step, cr4: Word) -> bool:
     that programs change.
     """
     match step:
+        case Move(_, _, "cr0", value) if not value & PG:
+            return False  # the agent runs in 4-level paging
         case Move(_, _, "cr4", value):
             return not value & (PCIDE | SMEP | SMAP) & ~cr4
         case Load() | Store() | Move() | Invlpg() | Unmap() | Migrate() | SetSlot() | Log():

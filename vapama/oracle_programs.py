@@ -25,7 +25,6 @@ from vapama.spec.machine import (
     Look,
     Machine,
     load_bytes,
-    move,
     pieces,
 )
 from vapama.spec.outcomes import (
@@ -39,6 +38,7 @@ from vapama.spec.outcomes import (
 from vapama.spec.paging import ACCESSED, DIRTY, PAGE_SIZE, PRESENT
 from vapama.spec.steps import (
     DeviceWrite,
+    Done,
     Faulted,
     Load,
     Loaded,
@@ -120,7 +120,7 @@ def of_steps(
         made.append(step)
         commands.append(k.command(step, _cpu(machine, step)))
         if isinstance(step, Move):
-            move(machine.guests[step.guest].processors[step.vcpu], step)
+            machine.guests[step.guest].move(step.vcpu, step, Done())
     return Program(style, tuple(words), plan, tuple(made), tuple(commands))
 
 
