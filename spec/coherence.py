@@ -21,8 +21,8 @@ mm/mmu_notifier.rst; Intel SDM Vol. 3A, 4.10.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
+from vapama.spec.maps import Map
 from vapama.spec.paging import ACCESSED, DIRTY, FRAME, PRESENT, WRITABLE
 from vapama.spec.shadow import rights_of
 from vapama.spec.words import Condition, Word, flag, ite
@@ -33,37 +33,6 @@ walk sets accessed flags in a table in ROM."""
 LOGGED, WRITTEN, DUE = 1, 2, 4
 """Of a guest frame's log: writes are noted; there was one; the frame is about to be protected,
 since its log begins or was harvested."""
-
-
-class Map(Protocol):
-    """A function of words to words."""
-
-    def __call__(self, *place: Word) -> Word:
-        """The word at a place."""
-
-    def put(self, *place_and_word: Word) -> None:
-        """Change the word at one place."""
-
-    def clear(self, *start: Word) -> None:
-        """Make 0 what is at all places that start so."""
-
-
-class Table(dict[tuple[Word, ...], Word]):
-    """A map that is 0 but at a few places."""
-
-    def __call__(self, *place: Word) -> Word:
-        """The word at a place."""
-        return self.get(place, 0)
-
-    def put(self, *place_and_word: Word) -> None:
-        """Change the word at one place."""
-        *place, word = place_and_word
-        self[tuple(place)] = word
-
-    def clear(self, *start: Word) -> None:
-        """Make 0 what is at all places that start so."""
-        for place in [place for place in self if place[: len(start)] == start]:
-            del self[place]
 
 
 def named(word: Word) -> Word:

@@ -21,10 +21,11 @@ from vapama.spec.coherence import (
     naming,
 )
 from vapama.spec.domains import Domain
+from vapama.spec.maps import Drawn
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.paging import ACCESSED, DIRTY, EXECUTE_DISABLE, FRAME, PRESENT, USER, WRITABLE
 from vapama.spec.subject import VMM
-from vapama.spec.words import Condition, Word, ite, low_bits
+from vapama.spec.words import Condition, Word, low_bits
 
 SOURCE = "Linux, virt/kvm/x86/mmu.rst and virt/kvm/locking.rst; Intel SDM Vol. 3A, 4.10"
 SEARCHING = ("exhaustive", "random", "hypothesis", "atheris")
@@ -63,52 +64,6 @@ OF = {
 """What the words of each map may be."""
 
 
-class Drawn:
-    """A map of which nothing is known: a word is drawn for each place that is asked for."""
-
-    def __init__(self, nondet: Nondet, name: str) -> None:
-        self.nondet, self.name = nondet, name
-        self.drawn: list[tuple[tuple[Word, ...], Word]] = []
-        self.changes: list[tuple[tuple[Word, ...], Word]] = []
-        self.asked = 0
-
-    def __call__(self, *place: Word) -> Word:
-        """The word at a place, after the changes."""
-        word = self._first(place)
-        for start, changed in self.changes:
-            word = ite(_equal(start, place), changed, word)
-        return word
-
-    def _first(self, place: tuple[Word, ...]) -> Word:
-        """The word at a place before any change: the same for equal places."""
-        self.asked += 1
-        for known, word in self.drawn:
-            if all(a is b for a, b in zip(known, place, strict=True)):
-                return word
-        word = self.nondet.word(f"{self.name} {self.asked}", OF[self.name])
-        for known, earlier in reversed(self.drawn):
-            word = ite(_equal(known, place), earlier, word)
-        self.drawn.append((place, word))
-        return word
-
-    def put(self, *place_and_word: Word) -> None:
-        """Change the word at one place."""
-        *place, word = place_and_word
-        self.changes.append((tuple(place), word))
-
-    def clear(self, *start: Word) -> None:
-        """Make 0 what is at all places that start so."""
-        self.changes.append((start, 0))
-
-
-def _equal(start: tuple[Word, ...], place: tuple[Word, ...]) -> Condition:
-    """Whether a place starts so."""
-    same: Condition = True
-    for a, b in zip(start, place, strict=False):
-        same = same & (a == b)
-    return same
-
-
 ACTING = (("core", NAME), ("at page", NAME), ("at place", NAME))
 SHOWN = (("reader", NAME), ("page", NAME), ("place", NAME), ("other", NAME))
 OPERANDS = (("gfn", FRAMES), ("where", NAME), ("value", GUEST_ENTRY))
@@ -125,7 +80,7 @@ class State:
         reader, page, place, other = self.shown
         self.nondet = nondet
         self.model = subject.coherence().Model(
-            lambda name: Drawn(nondet, name),
+            lambda name: Drawn(nondet, name, OF[name]),
             owed=nondet.flag("owed"),
             readers=(reader, self.core),
             entries=((page, place), (self.at, self.index)),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vapama.spec.domains import Domain
 from vapama.spec.ksm import Ksm, Options
-from vapama.spec.memory import Memory
+from vapama.spec.maps import Drawn
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.subject import KSM, KSM_HOST, SHARING
 from vapama.spec.words import Condition, Word, ite, low_bits
@@ -398,41 +398,19 @@ def _aligned(merger: Any, process: int, page: int) -> None:
 
 # The same, proved for any number of pages
 
-INDEX = Domain(free=low_bits(12), bias=lambda raw: raw >> 8 & 3, scope=(0, 1, 2))
-OTHER = Domain(free=low_bits(12), bias=lambda raw: 4 + (raw >> 8 & 3), scope=(1, 0))
-ANY_PAGE = Domain(free=low_bits(12), bias=lambda raw: raw >> 8 & 7, scope=(0, 1, 2))
-FRESH = Domain(free=low_bits(12), bias=lambda raw: 16 + (raw >> 8 & 3), scope=(3, 1))
+INDEX = Domain(bias=lambda raw: raw >> 8 & 3, scope=(0, 1, 2))
+OTHER = Domain(bias=lambda raw: 4 + (raw >> 8 & 3), scope=(1, 0))
+ANY_PAGE = Domain(bias=lambda raw: raw >> 8 & 7, scope=(0, 1, 2))
+FRESH = Domain(free=low_bits(40), bias=lambda raw: 16 + (raw >> 8 & 3), scope=(3, 1))
 """A frame that is free: mostly beyond those that biased entries name."""
 PAGE_WORD = Domain(
-    free=low_bits(24),
+    free=low_bits(52),
     bias=lambda raw: raw >> 8 & 3 | (raw >> 10 & 7) << 12,
     scope=(0x1003, 0, 0x2001),
 )
 CONTENT = Domain(bias=lambda raw: raw >> 8 & 1, scope=(0, 1))
 DRAWN_PAGES = (("page", INDEX), ("other", OTHER), ("seen", ANY_PAGE), ("witness", ANY_PAGE))
-DRAWN_WORDS = (("word", PAGE_WORD), ("its", PAGE_WORD), ("fresh", FRESH))
-FRAMES_HOLD = (("old", CONTENT), ("new", CONTENT))
 KINDS = ("store", "fork", "merge", "unmerge", "discard", "device stores")
-
-
-class Changed:
-    """A memory with changes on top, by index: what it holds after a step."""
-
-    def __init__(self, nondet: Nondet, memory: Memory) -> None:
-        self.nondet, self.memory = nondet, memory
-        self.changes: list[tuple[Word, Word]] = []
-
-    def __getitem__(self, index: Word) -> Word:
-        """The word at an index now."""
-        self.nondet.assume(index < self.memory.limit >> 3)
-        word = self.memory.load(index << 3)
-        for at, changed in self.changes:
-            word = ite(index == at, changed, word)
-        return word
-
-    def __setitem__(self, index: Word, word: Word) -> None:
-        """Change the word at an index."""
-        self.changes.append((index, word))
 
 
 @invariant(
@@ -440,7 +418,6 @@ class Changed:
     reaches=KINDS,
     needs=(SHARING,),
     twin="a-merged-page-stays-writable",
-    bound="up to 4,096 pages and frames of any processes; one step, from any state that is apart",
 )
 def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     """Whatever one step does to a page, any other page reads what it did before, and no two pages
@@ -452,22 +429,20 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     k = subject.sharing()
     page, other, seen, witness = nondet.words(DRAWN_PAGES)
     nondet.assume(page != other)
-    word, its, fresh = nondet.words(DRAWN_WORDS)
-    given = [(page << 3, word), (other << 3, its)]
-    table = Changed(nondet, nondet.memory("table", given))
-    old, new = nondet.words(FRAMES_HOLD)
-    here = [(k.frame_of(word) << 3, old), (k.frame_of(its) << 3, new)]
-    nondet.assume(k.frame_of(word) != k.frame_of(its))
-    contents = Changed(nondet, nondet.memory("contents", here))
+    table = Drawn(nondet, "table", PAGE_WORD)
+    contents = Drawn(nondet, "contents", CONTENT)
+    fresh = nondet.word("fresh", FRESH)
+    word, its = table(page), table(other)
+    old, new = contents(k.frame_of(word)), contents(k.frame_of(its))
     owned, pinned = nondet.flag("owned"), nondet.flag("pinned")
     frame = k.frame_of(word)
 
     def apart(a: Word, b: Word, device: Word) -> Condition:
         """Two pages of one frame: neither may be written, and no device writes to it."""
-        both = table[a] & table[b] & k.PRESENT
-        theirs = k.frame_of(table[a])
-        differ = (a == b) | (both == 0) | (theirs != k.frame_of(table[b]))
-        read_only = (table[a] | table[b]) & k.WRITABLE == 0
+        both = table(a) & table(b) & k.PRESENT
+        theirs = k.frame_of(table(a))
+        differ = (a == b) | (both == 0) | (theirs != k.frame_of(table(b)))
+        read_only = (table(a) | table(b)) & k.WRITABLE == 0
         no_device = (device == 0) | (theirs != frame)
         kept: Condition = differ | read_only & no_device
         return kept
@@ -476,11 +451,11 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     state = state & ((pinned == 0) | (owned == 0)) & ((owned | pinned == 0) | (fresh != frame))
     everybody = (page, other, seen, witness)
     for i, a in enumerate(everybody):
-        state = state & ((table[a] & k.PRESENT == 0) | (k.frame_of(table[a]) != fresh))
+        state = state & ((table(a) & k.PRESENT == 0) | (k.frame_of(table(a)) != fresh))
         for b in everybody[i + 1 :]:
             state = state & apart(a, b, pinned)
     nondet.assume(state)
-    before = contents[k.frame_of(table[seen])]
+    before = contents(k.frame_of(table(seen)))
 
     # THE STEP
     value = nondet.word("value", CONTENT)
@@ -491,49 +466,49 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
         # A page that is alone with its frame, as the host's counts say, need not copy it.
         alone = nondet.flag("alone")
         for a in (other, seen, witness):
-            elsewhere = (table[a] & k.PRESENT == 0) | (k.frame_of(table[a]) != frame) | (a == page)
+            elsewhere = (table(a) & k.PRESENT == 0) | (k.frame_of(table(a)) != frame) | (a == page)
             nondet.assume((alone == 0) | elsewhere)
         nondet.assume((alone == 0) | (owned == 0))
         if k.may_write(word) == 0:
-            table[page] = k.after_write_fault(word, alone, fresh)
+            table.put(page, k.after_write_fault(word, alone, fresh))
             nondet.reach("copied")
-        contents[k.frame_of(table[page])] = value
+        contents.put(k.frame_of(table(page)), value)
         expected = ite(seen == page, value, before)
     elif what == "fork":
         nondet.assume(its & k.PRESENT == 0)
         nondet.assume(word & k.PRESENT != 0)
-        table[page] = k.forked_parent(word, pinned)
-        table[other] = k.forked_child(word, pinned, fresh)
+        table.put(page, k.forked_parent(word, pinned))
+        table.put(other, k.forked_child(word, pinned, fresh))
         if pinned:
-            contents[fresh] = old
+            contents.put(fresh, old)
             nondet.reach("pinned fork")
         expected = ite(seen == other, old, before)
     elif what == "merge":
         nondet.assume(word & its & k.PRESENT != 0)
         if k.may_merge(ite(old == new, 1, 0), pinned):
-            table[page] = k.protected(word)
-            table[other] = k.merged(table[page])
+            table.put(page, k.protected(word))
+            table.put(other, k.merged(table(page)))
             owned = owned | 1
             nondet.reach("merged")
     elif what == "unmerge":
         nondet.assume(word & k.PRESENT != 0)
         nondet.assume(pinned == 0)
-        table[page] = k.unshared(fresh)
-        contents[fresh] = old
+        table.put(page, k.unshared(fresh))
+        contents.put(fresh, old)
         owned = owned & 0
     elif what == "discard":
         nondet.assume(pinned == 0)
-        table[page] = table[page] & 0
+        table.put(page, table(page) & 0)
         expected = ite(seen == page, 0, before)
     else:
         nondet.assume((pinned != 0) & (word & k.PRESENT != 0))
-        contents[frame] = value
+        contents.put(frame, value)
         expected = ite(seen == page, value, before)
 
     # WHAT ANYBODY SEES
-    absent = table[seen] & k.PRESENT == 0
-    reads = contents[k.frame_of(table[seen])]
+    absent = table(seen) & k.PRESENT == 0
+    reads = contents(k.frame_of(table(seen)))
     assert absent | (reads == expected), "a page reads what is not its own"
     assert apart(seen, witness, pinned), "a frame of two pages is writable"
-    its_own = (k.frame_of(table[page]) != frame) | (table[page] & k.WRITABLE == 0)
+    its_own = (k.frame_of(table(page)) != frame) | (table(page) & k.WRITABLE == 0)
     assert (owned == 0) | its_own, "a merged frame is writable"

@@ -26,13 +26,12 @@ from vapama.spec.coherence import (
     ROM,
     UNSYNC,
     WRITTEN,
-    Map,
     Model,
-    Table,
     named,
     naming,
 )
 from vapama.spec.machine import Machine
+from vapama.spec.maps import Map, Table
 from vapama.spec.paging import EXECUTE_DISABLE, FRAME, PRESENT, USER, WRITABLE
 from vapama.spec.shadow import RESERVED
 from vapama.spec.steps import SHADOW, GuestPlan, Move, Plan, SetSlot, Step
