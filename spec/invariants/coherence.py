@@ -89,14 +89,13 @@ class State:
         nondet.assume(self.holds())
 
     def holds(self) -> Condition:
-        """What is assumed: of all that is named, in every combination."""
-        model = self.model
+        """What is assumed: of what is shown, and of what acts, with each page that is named."""
+        model, (reader, page, place, _) = self.model, self.shown
         holds: Condition = model.owns(self.gfn)
-        for reader in model.readers:
-            for page, place in model.entries:
-                for other in model.pages:
-                    for _, truth in model.truths(reader, page, place, other):
-                        holds = holds & truth
+        for about in ((reader, page, place), (self.core, self.at, self.index)):
+            for other in model.pages:
+                for _, truth in model.truths(*about, other):
+                    holds = holds & truth
         return holds
 
 
