@@ -8,6 +8,9 @@ branch it found impossible, which obligations met. What is believed are the cond
 and that those which its known bits or z3's simplifier decide need no path.
 """
 
+import re
+from collections.abc import Callable
+
 import z3
 
 from vapama.proofs.symbolic import ASK, ASSUME, BRANCH, CHOICE, MUST, NotDeterministic, Path
@@ -18,16 +21,21 @@ def completeness(paths: list[Path]) -> z3.BoolRef:
 
     Raises `NotDeterministic` if the paths do not form a tree.
     """
-    return _subtree(paths, 0)
+    return _subtree(paths, 0, lambda path: path.failure is None)
 
 
-def _subtree(paths: list[Path], depth: int) -> z3.BoolRef:
+def explored(paths: list[Path]) -> z3.BoolRef:
+    """The same, whether they fail or not: that they are all there are, and obligations hold."""
+    return _subtree(paths, 0, lambda path: True)
+
+
+def _subtree(paths: list[Path], depth: int, holds: Callable[[Path], bool]) -> z3.BoolRef:
     """The formula for paths that agree on their first `depth` decisions."""
     ended = [path for path in paths if len(path.decisions) == depth]
     if ended:
         if len(paths) != 1:
             raise NotDeterministic("a path is the beginning of another")
-        return z3.BoolVal(ended[0].failure is None)
+        return z3.BoolVal(holds(ended[0]))
     kind, options, _ = paths[0].decisions[depth]
     ways: dict[int, list[Path]] = {}
     for path in paths:
@@ -35,7 +43,7 @@ def _subtree(paths: list[Path], depth: int) -> z3.BoolRef:
         if other_kind != kind or not _same(options, other_options):
             raise NotDeterministic(f"decision {depth} differs between paths")
         ways.setdefault(taken, []).append(path)
-    below = {taken: _subtree(group, depth + 1) for taken, group in ways.items()}
+    below = {taken: _subtree(group, depth + 1, holds) for taken, group in ways.items()}
     nothing = z3.BoolVal(False)
     if kind == CHOICE:
         return z3.And(*(below.get(i, nothing) for i in range(len(options))))
@@ -58,7 +66,10 @@ def smtlib(formula: z3.BoolRef) -> str:
     solver = z3.SolverFor("QF_ABV")
     solver.add(z3.Not(formula))
     text: str = solver.to_smt2()
-    return "(set-logic QF_ABV)\n" + text
+    # bitwuzla has no equality of values of a sort that is not interpreted. They are only compared
+    # and given to functions, so words will do: there are more of them than terms in a formula.
+    text = re.sub(r"\(declare-sort (\S+) 0\)", r"(define-sort \1 () (_ BitVec 32))", text)
+    return "(set-logic QF_AUFBV)\n" + text
 
 
 def valid_by_z3(formula: z3.BoolRef, rlimit: int = 0) -> str:

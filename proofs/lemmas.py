@@ -21,19 +21,22 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import z3
 
+from vapama.proofs import completeness
 from vapama.proofs.symbolic import (
+    MUST,
     Explorer,
+    Path,
     SymBool,
     SymMemory,
     SymWord,
     Unfaithful,
     made,
+    once,
     refusal,
     running,
     word,
@@ -48,9 +51,9 @@ from vapama.spec.words import WORD
 KINDS = typing.get_args(Outcome)
 WORDS = z3.BitVecSort(64)
 MEMORY = z3.ArraySort(WORDS, WORDS)
-WRITTEN = z3.BitVecSort(1024)
-"""What a kernel writes into a store: the contents of a path (6 words), or a list of flags set (up
-to 6 addresses and bits, and how many): so wide that each has a value of its own.
+WRITTEN = z3.DeclareSort("written")
+"""What a kernel writes into a store: the contents of a path, or a list of flags set. Of these it is
+only known whether two are the same.
 """
 
 
@@ -128,8 +131,13 @@ def _same_part(a: Any, b: Any) -> SymBool:
     if type(a) is not type(b):
         raise Unfaithful("flags set in two ways are compared, and cannot be told apart")
     if isinstance(a, z3.ExprRef):
-        return SymBool(a == b)
+        return _same_term(a, b)
     return SymBool(z3.And(*(word(x).term == word(y).term for x, y in zip(a, b, strict=True))))
+
+
+@once
+def _same_term(a: z3.ExprRef, b: z3.ExprRef) -> SymBool:
+    return SymBool(a == b)
 
 
 def contents(memory: Any) -> z3.ArrayRef:
@@ -139,12 +147,17 @@ def contents(memory: Any) -> z3.ArrayRef:
     if isinstance(memory, Marked):
         array = contents(memory.memory)
         for address, bits in memory.updates:
-            at = word(address).term
-            array = z3.Store(array, at, z3.Select(array, at) | word(bits).term)
+            array = _with_bits(array, word(address), word(bits))
         return array
     if isinstance(memory, Counted):
         return contents(memory.memory)
     raise Unfaithful(f"a lemma is used on a {type(memory).__name__}, whose contents are not known")
+
+
+@once
+def _with_bits(array: z3.ArrayRef, address: SymWord, bits: SymWord) -> z3.ArrayRef:
+    at = address.term
+    return z3.Store(array, at, z3.Select(array, at) | bits.term)
 
 
 _simplified: dict[int, tuple[z3.ExprRef, z3.ExprRef]] = {}
@@ -208,12 +221,21 @@ class Kernel:
         marks[0].updates = marks[0].updates + Segments(self._apply("flags", WRITTEN, terms))
 
     def _apply(self, what: str, sort: z3.SortRef, terms: list[z3.ExprRef]) -> Any:
-        return _function(f"{self.name}.{what}", sort, tuple(t.sort() for t in terms))(*terms)
+        # `once` tells operands apart by identity.
+        return _application(sys.intern(f"{self.name}.{what}"), sort, *terms)
 
 
-@lru_cache(maxsize=256)
-def _function(name: str, sort: z3.SortRef, sorts: tuple[z3.SortRef, ...]) -> z3.FuncDeclRef:
-    return z3.Function(name, *sorts, sort)
+@once
+def _application(name: str, sort: z3.SortRef, *terms: z3.ExprRef) -> z3.ExprRef:
+    return z3.Function(name, *(term.sort() for term in terms), sort)(*terms)
+
+
+@once
+def _is_within(value: SymWord, domain: Domain) -> z3.BoolRef:
+    if domain.among:
+        return z3.Or(*(value.term == v for v in domain.among))
+    others = value & (WORD ^ (domain.free | domain.fixed))
+    return z3.And(word(others == 0).term == 1, (value & domain.fixed).term == domain.fixed)
 
 
 class Instance(Nondet):
@@ -242,14 +264,7 @@ class Instance(Nondet):
         return value
 
     def _in_domain(self, name: str, value: SymWord, domain: Domain) -> None:
-        domain = self.explorer.narrow.get(name, domain)
-        if domain.among:
-            inside = z3.Or(*(value.term == v for v in domain.among))
-        else:
-            others = value & (WORD ^ (domain.free | domain.fixed))
-            inside = z3.And(
-                word(others == 0).term == 1, (value & domain.fixed).term == domain.fixed
-            )
+        inside = _is_within(value, self.explorer.narrow.get(name, domain))
         self._show(inside, f"its {name} may be outside of the lemma's domain")
 
     def _show(self, condition: z3.BoolRef, otherwise: str) -> None:
@@ -318,8 +333,9 @@ class Instance(Nondet):
         given = next(a for a in self.arguments if type(a) is type(drawn))
         for ours, theirs in zip(drawn, given, strict=True):
             if ours is not theirs:
-                same = word(ours).term == word(theirs).term
-                self._show(same, f"no draw gives this {type(drawn).__name__}")
+                self._show(
+                    (word(ours) == word(theirs)).term, f"no draw gives this {type(drawn).__name__}"
+                )
         self.shown[name] = given
         return given
 
@@ -331,6 +347,16 @@ class Call(typing.NamedTuple):
     outcome: Any
 
 
+class Met(typing.NamedTuple):
+    """What came of a call of the reference: the outcome that it was given, what was decided for it,
+    and what is known since.
+    """
+
+    outcome: Any
+    decisions: list[tuple[str, list[z3.BoolRef], int]]
+    learned: list[tuple[int, bool]]
+
+
 class Lemmas:
     """The lemmas that one exploration rests on, at work."""
 
@@ -339,9 +365,9 @@ class Lemmas:
         self.calls: list[Call] = []
         self.running: Call | None = None
         self.shown: dict[str, Any] = {}
-        self.ruled_out: set[tuple[Any, ...]] = set()
-        """Kinds of outcome that a lemma was found to rule out without a decision, behind the
-        decisions of the run so far: these determine it.
+        self.met: dict[int, Met] = {}
+        """What came of calls of the reference, by the way that a run had taken when it came to one:
+        all that it did until then depends on that alone.
         """
 
     def begin(self) -> None:
@@ -358,22 +384,30 @@ class Lemmas:
         for call in self.calls:
             if all(_identical(a, b) for a, b in zip(arguments, call.arguments, strict=True)):
                 return dataclasses.replace(call.outcome)
-        outcome = self._outcome(equality, arguments)
-        self.calls.append(Call(arguments, outcome))
-        return dataclasses.replace(outcome)
-
-    def _outcome(self, equality: Invariant, arguments: tuple[Any, ...]) -> Any:
-        """Any outcome that the lemmas allow for a call with these arguments."""
         assert equality.equates is not None
         ours = getattr(self.subject, equality.equates[1])(*arguments)
+        explorer = self.explorer
+        met = self.met.get(explorer.edge)
+        if met is None:
+            edge, before, known = explorer.edge, len(explorer.asked), len(explorer.known)
+            outcome = self._outcome(equality, arguments, ours)
+            learned = list(explorer.known.items())[known:]
+            met = self.met[edge] = Met(outcome, explorer.asked[before:], learned)
+        else:
+            for decision in met.decisions:
+                explorer.settled(*decision)
+            explorer.known.update(met.learned)
+        self.calls.append(Call(arguments, met.outcome))
+        return dataclasses.replace(met.outcome)
+
+    def _outcome(self, equality: Invariant, arguments: tuple[Any, ...], ours: Any) -> Any:
+        """Any outcome that the lemmas allow for a call with these arguments, where the subject's is
+        of this kind.
+        """
         self.shown = {}
         for kind in KINDS:
-            before = self.explorer.position
-            key = kind, len(self.calls), *(taken for _, _, taken in self.explorer.asked)
-            if kind is not type(ours) and key not in self.ruled_out:
+            if kind is not type(ours):
                 self._rule_out(equality, Call(arguments, self._arbitrary(kind)))
-                if self.explorer.position == before:
-                    self.ruled_out.add(key)
         outcome = self._arbitrary(type(ours))
         for lemma in self.lemmas:
             self._instantiate(lemma, Call(arguments, outcome))
@@ -393,23 +427,30 @@ class Lemmas:
 
     def _rule_out(self, equality: Invariant, call: Call) -> None:
         """Outcomes of another kind than the subject's must be refuted by the lemma outright."""
-        try:
-            self._run(equality, call)
-        except AssertionError:
-            return
-        raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
+        if any(path.failure is None for path in self._paths(equality, call)):
+            raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
 
     def _instantiate(self, lemma: Invariant, call: Call) -> None:
         """Run a lemma's claim on a call: the rest of the path is where its assertions hold."""
-        try:
-            self._run(lemma, call)
-        except AssertionError:
-            raise Reject from None
+        holding = [path for path in self._paths(lemma, call) if path.failure is None]
+        if not holding:
+            raise Reject
+        ways = [path.conditions() for path in holding]
+        if all(ways):
+            self.explorer.suppose(ways)
 
-    def _run(self, lemma: Invariant, call: Call) -> None:
-        self.running = call
+    def _paths(self, lemma: Invariant, call: Call) -> list[Path]:
+        """The paths of a lemma's claim on a call. What is shown on them is shown from here on."""
+        paths = self.explorer.aside(lambda aside: self._run(lemma, call, aside))
+        if any(path.decisions for path in paths):
+            shown = completeness.explored(paths)
+            self.explorer.settled(MUST, [shown, z3.Not(shown)], 0)
+        return paths
+
+    def _run(self, lemma: Invariant, call: Call, aside: Explorer) -> None:
+        self.running, self.shown = call, {}
         try:
-            instance = Instance(self.explorer, lemma.name, call.arguments, self.shown)
+            instance = Instance(aside, lemma.name, call.arguments, self.shown)
             lemma.claim(instance, self.subject)
         except Reject:
             raise Unfaithful(f"the lemma {lemma.name} is used where it says nothing") from None
@@ -421,9 +462,9 @@ class Lemmas:
         for part in dataclasses.fields(outcome):
             arbitrary, value = getattr(outcome, part.name), getattr(ours, part.name)
             if type(arbitrary) is SymWord:
-                if self.explorer.is_known(arbitrary.term == word(value).term):
+                if self.explorer.known_truth(arbitrary.term == word(value).term):
                     setattr(outcome, part.name, value)
-            elif type(value) is Segments and self.explorer.is_known(
+            elif type(value) is Segments and self.explorer.known_truth(
                 z3.And(*(a == b for a, b in zip(arbitrary.parts, value.parts, strict=True)))
             ):
                 setattr(outcome, part.name, value)

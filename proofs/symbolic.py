@@ -65,6 +65,7 @@ def running() -> Explorer:
 
 
 _COMPLEMENT = "a complement is used other than and'ed with a word"
+COMPARED = "the text of a word may have been compared: its path goes on"
 _FOREIGN = "an operation that words do not have (spec/words.py says which they have)"
 
 
@@ -355,16 +356,16 @@ class SymBool(Symbol):
     __lt__, __le__ = _of_words("__lt__"), _of_words("__le__")
     __gt__, __ge__ = _of_words("__gt__"), _of_words("__ge__")
 
-    @once
     def ite(self, then: Operand, otherwise: Operand) -> Operand:
         """`then` where the condition holds, else `otherwise`: see `spec.words.ite`."""
         a, b = word(then), word(otherwise)
-        if self is YES or self is NO:
-            return a if self is YES else b
-        return made(z3.If(self.term, a.term, b.term), a.may | b.may, a.must & b.must)
+        # What a path knows is no property of the operands: so the answer is not kept.
+        known = self is YES or (None if _explorer is None else _explorer.known_truth(self.term))
+        return _choice(self, a, b) if known is None else a if known else b
 
 
-YES, NO = SymBool(z3.BoolVal(True)), SymBool(z3.BoolVal(False))
+TRUE = z3.BoolVal(True)
+YES, NO = SymBool(TRUE), SymBool(z3.BoolVal(False))
 """Conditions decided by known bits. They stay symbolic, so that what is made of them is checked."""
 
 
@@ -406,6 +407,11 @@ def _of_condition(condition: SymBool) -> SymWord:
 
 
 @once
+def _choice(condition: SymBool, a: SymWord, b: SymWord) -> SymWord:
+    return made(z3.If(condition.term, a.term, b.term), a.may | b.may, a.must & b.must)
+
+
+@once
 def _nonzero(a: SymWord) -> SymBool:
     return SymBool(a.term != 0)
 
@@ -437,6 +443,9 @@ def _constant(value: int) -> SymWord:
     if not 0 <= value <= WORD:
         raise Unfaithful(f"the constant {value:#x} is not an unsigned 64-bit word")
     return SymWord(z3.BitVecVal(value, 64), value, value)
+
+
+THREE = _constant(3)
 
 
 def made(term: z3.BitVecRef, may: int = WORD, must: int = 0) -> SymWord:
@@ -485,40 +494,56 @@ def _shifted_right(a: SymWord, by: SymWord) -> SymWord:
     return made(z3.LShR(a.term, by.term), _ones(a.may), 0)
 
 
+@lru_cache(maxsize=64)
+def _array(name: str) -> z3.ArrayRef:
+    # Named apart, for a word may have the same name.
+    return z3.Array(f"{name}[]", z3.BitVecSort(64), z3.BitVecSort(64))
+
+
 class SymMemory:
     """Any memory: an SMT array of entries by address, and any limit."""
 
     def __init__(self, name: str, limit: Operand) -> None:
         self.name, self.limit = name, limit
-        # Named apart, for a word may have the same name.
-        self.array = z3.Array(f"{name}[]", z3.BitVecSort(64), z3.BitVecSort(64))
+        self.array = _array(name)
         self.loads: list[tuple[z3.BitVecRef, z3.BitVecRef]] = []
         self.given: list[tuple[SymWord, Operand]] = []
-        self.by_index: dict[int, z3.BitVecRef] = {}
-        self.kept: list[z3.BitVecRef] = []
-        """What the keys of `by_index` are the ids of."""
+        self.by_index: dict[int, SymWord] = {}
 
     def load(self, address: Operand) -> Operand:
         """The entry at `address`, which must be aligned and below the limit."""
         where = word(address)
         if where.may & 7:
-            running().require(where.term & 7 == 0, "a load may be unaligned")
+            running().require((where & 7 == 0).term, "a load may be unaligned")
         running().require((where < self.limit).term, "a load may be outside memory")
         for at, given in self.given:
-            if running().always(where.term == at.term):
+            if running().always((where == at).term):
                 return given
         # Kernels come back from an entry's index to its address. Where that leads to the address of
         # an earlier load the entry is the same term, which all that is made of it is easier for.
-        same = self.by_index.get(z3.simplify(where.term).get_id())
-        if same is not None and running().always(where.term == same):
-            return made(z3.Select(self.array, same))
-        value = z3.Select(self.array, where.term)
-        self.loads.append((where.term, value))
+        same = self.by_index.get(_simple_id(where))
+        if same is not None and running().always((where == same).term):
+            return _entry(self.array, same)
+        value = _entry(self.array, where)
+        self.loads.append((where.term, value.term))
         if where.may & 7:
-            back = z3.simplify(z3.LShR(where.term, 3) << 3)
-            self.by_index[back.get_id()] = where.term
-            self.kept.append(back)
-        return made(value)
+            self.by_index[_simple_id(_shifted_left(_shifted_right(where, THREE), THREE, 3))] = where
+        return value
+
+
+@once
+def _entry(array: z3.ArrayRef, where: SymWord) -> SymWord:
+    return made(z3.Select(array, where.term))
+
+
+@once
+def _simple(a: SymWord) -> z3.BitVecRef:
+    return z3.simplify(a.term)
+
+
+def _simple_id(a: SymWord) -> int:
+    """What is the same for words that z3 simplifies to the same term, as long as they are kept."""
+    return _simple(a).get_id()
 
 
 BRANCH, ASSUME, CHOICE, MUST, ASK = "branch", "assume", "choice", "must", "ask"
@@ -529,14 +554,31 @@ class Decision:
     """A point of a run where the solver was asked: what for, and which way the run goes.
 
     `options` are the conditions of the ways there are. `open` are those still to be explored,
-    `shut` those that the solver found impossible here.
+    `models` has a model of each way that is not explored yet, where one is known. `edge` is the
+    number of the way that is taken, of all ways that any run of the exploration takes.
     """
 
     kind: str
     options: list[z3.BoolRef]
     taken: int
     open: list[int] = field(default_factory=list)
-    shut: list[int] = field(default_factory=list)
+    models: dict[int, z3.ModelRef | None] = field(default_factory=dict)
+    edge: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Fact:
+    """A condition simplified and without its outer negation, and whether it had one.
+
+    `sides` are the condition, in its own sense, and its opposite; `number` z3's of `simple`; `term`
+    is the condition, kept so that z3 gives its number to no other.
+    """
+
+    term: z3.BoolRef
+    simple: z3.BoolRef
+    number: int
+    negated: bool
+    sides: list[z3.BoolRef]
 
 
 @dataclass(slots=True)
@@ -550,6 +592,10 @@ class Path:
     pruned: bool
     reached: set[str]
     failure: str | None = None
+
+    def conditions(self) -> list[z3.BoolRef]:
+        """What holds on this path, of all that its run asked."""
+        return [options[taken] for kind, options, taken in self.decisions if taken >= 0]
 
 
 class Explorer(Nondet):
@@ -576,12 +622,16 @@ class Explorer(Nondet):
         self.told = False
         self.stopped: Stop | None = None
         self.known: dict[int, bool] = {}
+        self.given: dict[int, bool] = {}
+        """What is known before a run begins."""
+        self.edge = self.edges = 0
         self.built: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         """Operands and results of operations on symbols: see `once`."""
         self.words_made: dict[tuple[int, int, int], SymWord] = {}
-        self.simplified: dict[int, tuple[z3.BoolRef, z3.BoolRef, bool]] = {}
+        self.symbols: dict[tuple[str, int, int], tuple[z3.BitVecRef, SymWord]] = {}
+        """Draws by name and domain, and their terms."""
+        self.simplified: dict[int, Fact] = {}
         self.witness: z3.ModelRef | None = None
-        self.refuted: list[tuple[list[z3.BoolRef], z3.BoolRef]] = []
         self.on_path: Callable[[int], None] = lambda paths: None
         self.on_check: Callable[[bool], None] = lambda begins: None
         """Called before (with True) and after each query, which may take its time."""
@@ -591,6 +641,11 @@ class Explorer(Nondet):
     def word(self, name: str, domain: Domain = domains.ANY) -> Any:
         """A fresh symbol that ranges over the domain."""
         domain = narrowed(domain, self.narrow.get(name))
+        key = name, domain.free, domain.fixed
+        known = self.symbols.get(key)
+        if known is not None and not domain.among:
+            self._drawn(name, known[0])
+            return known[1]
         values = (domain.free, domain.fixed, *domain.among)
         if min(values) < 0 or max(values) > WORD:
             raise Unfaithful(f"the domain of {name} is not of 64-bit words")
@@ -604,7 +659,9 @@ class Explorer(Nondet):
         symbol = z3.BitVec(name, 64)
         any_word = domain.free == WORD and not domain.fixed
         term = symbol if any_word else symbol & domain.free | domain.fixed
-        return made(self._drawn(name, term), domain.free | domain.fixed, domain.fixed)
+        drawn = made(self._drawn(name, term), domain.free | domain.fixed, domain.fixed)
+        self.symbols[key] = term, drawn
+        return drawn
 
     def _among(self, name: str, values: tuple[int, ...]) -> SymWord:
         symbol = self._drawn(name, z3.BitVec(name, 64))
@@ -671,49 +728,43 @@ class Explorer(Nondet):
 
     def branch(self, term: z3.BoolRef) -> bool:
         """The truth of a condition on this path; explores both where both are possible."""
-        term, negated = self._normal(term)
-        if z3.is_true(term):
-            return not negated
-        if term.get_id() not in self.known:
-            sides = [z3.Not(term), term] if negated else [term, z3.Not(term)]
-            self._learn(term, (self._decide(BRANCH, sides) == 0) is not negated)
-        return self.known[term.get_id()] is not negated
+        fact = self._fact(term)
+        if fact.simple is TRUE:
+            return not fact.negated
+        if fact.number not in self.known:
+            self._learn(fact, self._decide(BRANCH, fact.sides) == 0)
+        return self.known[fact.number] is not fact.negated
 
-    def _learn(self, term: z3.BoolRef, holds: bool) -> None:
+    def _learn(self, fact: Fact, holds: bool) -> None:
         """From here on the path knows a condition, and the parts of a conjunction that holds."""
-        self.known[term.get_id()] = holds
-        if holds and z3.is_and(term):
-            for part in term.children():
-                simple, negated = self._normal(part)
-                self._learn(simple, not negated)
+        holds = holds is not fact.negated
+        self.known[fact.number] = holds
+        if holds and z3.is_and(fact.simple):
+            for part in fact.simple.children():
+                self._learn(self._fact(part), True)
 
-    def is_known(self, term: z3.BoolRef) -> bool:
-        """Whether this path has met the condition already and it held there; asks no solver."""
-        term, negated = self._normal(term)
-        if z3.is_true(term):
-            return not negated
-        return self.known.get(term.get_id()) is (not negated)
+    def known_truth(self, term: z3.BoolRef) -> bool | None:
+        """The truth of a condition that this path has met already, else None; asks no solver."""
+        fact = self._fact(term)
+        holds = True if fact.simple is TRUE else self.known.get(fact.number)
+        return None if holds is None else holds is not fact.negated
 
     def require(self, term: z3.BoolRef, otherwise: str) -> None:
         """End in `Unfaithful` unless the condition always holds on this path."""
-        term, negated = self._normal(term)
-        if z3.is_true(term):
-            holds = not negated
-        elif term.get_id() in self.known:
-            holds = self.known[term.get_id()] is not negated
+        fact = self._fact(term)
+        if fact.simple is TRUE:
+            holds = not fact.negated
+        elif fact.number in self.known:
+            holds = self.known[fact.number] is not fact.negated
         else:
-            claim = z3.Not(term) if negated else term
-            holds = self._decide(MUST, [claim, z3.Not(claim)]) == 0
+            holds = self._decide(MUST, fact.sides) == 0
             if holds:
-                self.known[term.get_id()] = not negated
+                self.known[fact.number] = not fact.negated
         if not holds:
             raise Unfaithful(otherwise)
 
-    def _normal(self, term: z3.BoolRef) -> tuple[z3.BoolRef, bool]:
-        """The condition simplified and without its outer negation, and whether it had one.
-
-        Terms that mean the same on a re-run are the same object to z3, so the work is done once.
-        """
+    def _fact(self, term: z3.BoolRef) -> Fact:
+        """Terms that mean the same on a re-run are the same to z3, so the work is done once."""
         found = self.simplified.get(term.get_id())
         if found is None:
             simple = z3.simplify(term)
@@ -721,17 +772,21 @@ class Explorer(Nondet):
             while z3.is_not(simple):
                 simple, negated = simple.arg(0), not negated
             if z3.is_false(simple):
-                simple, negated = z3.BoolVal(True), not negated
-            found = self.simplified[term.get_id()] = (term, simple, negated)
-        return found[1], found[2]
+                simple, negated = TRUE, not negated
+            elif z3.is_true(simple):
+                simple = TRUE
+            opposite = z3.Not(simple)
+            sides = [opposite, simple] if negated else [simple, opposite]
+            found = Fact(term, simple, simple.get_id(), negated, sides)
+            self.simplified[term.get_id()] = found
+        return found
 
     def always(self, term: z3.BoolRef) -> bool:
         """Whether the condition holds for all values on this path; forks nothing."""
-        term, negated = self._normal(term)
-        if z3.is_true(term):
-            return not negated
-        claim = z3.Not(term) if negated else term
-        return self._decide(ASK, [claim, z3.BoolVal(True)]) == 0
+        fact = self._fact(term)
+        if fact.simple is TRUE:
+            return not fact.negated
+        return self._decide(ASK, [fact.sides[0], TRUE]) == 0
 
     def _assume(self, term: z3.BoolRef) -> None:
         if z3.is_true(term):
@@ -749,41 +804,49 @@ class Explorer(Nondet):
                 raise NotDeterministic(f"decision {at} changed on a re-run ({kind})")
         else:
             decision = self._new_decision(kind, options)
+            self._enter(decision)
             self.trail.append(decision)
         if at >= self.depth:
             self.solver.push()
             if decision.taken >= 0:
-                taken = options[decision.taken]
-                self.solver.add(taken)
-                if self.witness is not None and not z3.is_true(self.witness.eval(taken, True)):
-                    self.witness = None
+                self.solver.add(options[decision.taken])
+                self.witness = decision.models.pop(decision.taken, None)
             self.depth += 1
         self.asked.append((kind, options, decision.taken))
+        self.edge = decision.edge
         return decision.taken
 
+    def _enter(self, decision: Decision) -> None:
+        """The way that is taken at a decision gets a number of its own."""
+        self.edges += 1
+        decision.edge = self.edges
+
     def _new_decision(self, kind: str, options: list[z3.BoolRef]) -> Decision:
+        before = self.witness
         if kind == CHOICE:
             ways = list(range(len(options)))
-            return Decision(kind, options, ways[0], ways[1:])
+            return Decision(kind, options, ways[0], ways[1:], dict.fromkeys(ways, before))
         if kind == MUST:
             # Only the failing side matters: if it is possible, this run reports it.
             if self._possible(options[1]):
-                return Decision(kind, options, 1)
-            return Decision(kind, options, 0, shut=[1])
+                return Decision(kind, options, 1, models={1: self.witness})
+            return Decision(kind, options, 0, models={0: before})
         if kind == ASK:
-            return Decision(kind, options, 1 if self._possible(z3.Not(options[0])) else 0)
-        ways, shut = [], []
+            taken = 1 if self._possible(z3.Not(options[0])) else 0
+            return Decision(kind, options, taken, models={taken: before})
+        models: dict[int, z3.ModelRef | None] = {}
         for i, option in enumerate(options):
+            self.witness = before
             last = i == len(options) - 1
-            if (last and not ways and kind == BRANCH) or self._possible(option):
-                ways.append(i)
-            else:
-                shut.append(i)
-        if not ways:
-            return Decision(kind, options, -1, shut=shut)
-        return Decision(kind, options, ways[0], ways[1:], shut)
+            if (last and not models and kind == BRANCH) or self._possible(option):
+                models[i] = self.witness
+        if not models:
+            return Decision(kind, options, -1)
+        first, *others = models
+        return Decision(kind, options, first, others, models)
 
     def _possible(self, term: z3.BoolRef) -> bool:
+        """Whether the condition can hold on this path. If so, the witness is a model of it."""
         if self.witness is not None and z3.is_true(self.witness.eval(term, True)):
             return True
         self.checks += 1
@@ -793,13 +856,9 @@ class Explorer(Nondet):
         if answer == z3.unknown:
             raise Undecided(self.solver.reason_unknown())
         if answer == z3.unsat:
-            self.refuted.append((self._conditions(), term))
             return False
         self.witness = self.solver.model()
         return True
-
-    def _conditions(self) -> list[z3.BoolRef]:
-        return [d.options[d.taken] for d in self.trail if d.taken >= 0 and d.kind != CHOICE]
 
     # Exploration
 
@@ -809,31 +868,82 @@ class Explorer(Nondet):
         Stops after the first path with a failure, which is then the last; `model` gives its values.
         Raises `Unfaithful`, `Undecided`, `NotDeterministic`, or whatever else `function` raises.
         """
-        global _explorer  # noqa: PLW0603  (one exploration at a time)
         paths: list[Path] = []
         while True:
-            self.position, self.asked, self.told = 0, [], False
-            self.draws, self.memories, self.reached, self.known = {}, [], set(), {}
-            outer, _explorer = _explorer, self
-            try:
-                function()
-                path = self._path(pruned=False)
-            except Reject:
-                path = self._path(pruned=True)
-            except AssertionError as error:
-                path = self._path(pruned=False, failure=str(error) or "the claim does not hold")
-            finally:
-                _explorer = outer
-            if self.stopped is not None:
-                raise self.stopped
-            if self.position < len(self.trail):
-                raise NotDeterministic("a re-run ended before its last decision")
+            path = self._run(function)
             if self.told and path.failure is None:
-                raise Unfaithful("the text of a word may have been compared: its path goes on")
+                raise Unfaithful(COMPARED)
             paths.append(path)
             self.on_path(len(paths))
             if path.failure is not None or not self._next_path():
                 return paths
+
+    def _run(self, function: Callable[[], None]) -> Path:
+        """Run `function` on the path that the trail so far leads to."""
+        global _explorer  # noqa: PLW0603  (one exploration at a time)
+        self.position, self.asked, self.told, self.edge = 0, [], False, 0
+        self.draws, self.memories, self.reached, self.known = {}, [], set(), dict(self.given)
+        outer, _explorer = _explorer, self
+        try:
+            function()
+            path = self._path(pruned=False)
+        except Reject:
+            path = self._path(pruned=True)
+        except AssertionError as error:
+            path = self._path(pruned=False, failure=str(error) or "the claim does not hold")
+        finally:
+            _explorer = outer
+        if self.stopped is not None:
+            raise self.stopped
+        if self.position < len(self.trail):
+            raise NotDeterministic("a re-run ended before its last decision")
+        return path
+
+    def aside(self, function: Callable[[Explorer], None]) -> list[Path]:
+        """All paths of a function of an explorer from here on, those that fail as well, without a
+        decision of this one's. It may draw nothing. Raises as `explore` does.
+        """
+        aside = Explorer(narrow=self.narrow)
+        aside.solver, aside.witness, aside.given = self.solver, self.witness, self.known
+        aside.built, aside.words_made, aside.simplified = (
+            self.built,
+            self.words_made,
+            self.simplified,
+        )
+        aside.on_check = self.on_check
+        paths: list[Path] = []
+        try:
+            while True:
+                paths.append(aside._run(lambda: function(aside)))
+                if aside.told:
+                    raise Unfaithful(COMPARED)
+                if aside.draws:
+                    raise Unfaithful("something is drawn where nothing can be")
+                if not aside._next_path():
+                    return paths
+        finally:
+            self.checks += aside.checks
+            self.stopped = self.stopped or aside.stopped
+
+    def settled(self, kind: str, options: list[z3.BoolRef], taken: int) -> None:
+        """Note a decision that was asked aside, or by an earlier run that came this way."""
+        if self.position == len(self.trail):
+            noted = Decision(kind, options, taken, models={taken: self.witness})
+            self._enter(noted)
+            self.trail.append(noted)
+        if self._decide(kind, options) != taken:
+            raise NotDeterministic(f"decision {self.position - 1} was another before ({kind})")
+
+    def suppose(self, ways: list[list[z3.BoolRef]]) -> None:
+        """Go on where all conditions of one of these ways hold; what is in each of them is known
+        from here on.
+        """
+        self._assume(_any_of([_all_of(way) for way in ways]))
+        facts = [[self._fact(term) for term in way] for way in ways]
+        for fact in facts[0]:
+            same = fact.number, fact.negated
+            if all(any((f.number, f.negated) == same for f in others) for others in facts[1:]):
+                self._learn(fact, True)
 
     def _path(self, pruned: bool, failure: str | None = None) -> Path:
         return Path(self.asked, pruned, self.reached, failure)
@@ -850,6 +960,7 @@ class Explorer(Nondet):
             return False
         last = self.trail[-1]
         last.taken = last.open.pop(0)
+        self._enter(last)
         return True
 
     def model(self) -> list[tuple[str, int]]:
@@ -884,5 +995,15 @@ def _pinned(
     return array
 
 
+def _all_of(conditions: list[z3.BoolRef]) -> z3.BoolRef:
+    return conditions[0] if len(conditions) == 1 else z3.And(*conditions)
+
+
+def _any_of(conditions: list[z3.BoolRef]) -> z3.BoolRef:
+    return conditions[0] if len(conditions) == 1 else z3.Or(*conditions)
+
+
 def _same(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:
-    return len(a) == len(b) and all(x.eq(y) for x, y in zip(a, b, strict=True))
+    if a is b:
+        return True
+    return len(a) == len(b) and all(x is y or x.eq(y) for x, y in zip(a, b, strict=True))

@@ -118,7 +118,7 @@ def walk(
     if cr3 >> 61 | mode >> MODE_LAM_SUP & 1:
         address = without_metadata(mode, cr3, address, access)
     upper = address >> (shift - 1)
-    if upper != 0 and upper != (1 << (65 - shift)) - 1:
+    if (upper != 0) & (upper != (1 << (65 - shift)) - 1):
         return NONCANONICAL, 0
     code = access_code(mode, access)
     # By level, where bit 7 (PS) must be 0.
@@ -176,10 +176,9 @@ def finish(
     user_page = rights >> 2 & 1
     # Whether a missing right or a key stops a write: always the user's, the supervisor's with WP.
     strict = write & (user | mode >> MODE_WP)
-    if user_page:
-        keys = pkru >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKE & 1)
-    else:
-        keys = pkrs >> (entry >> 59 & 15) * 2 & 3 * (mode >> MODE_PKS & 1)
+    user_keys = pkru * (user_page & mode >> MODE_PKE)
+    supervisor_keys = pkrs * ((user_page ^ 1) & mode >> MODE_PKS)
+    keys = (user_keys | supervisor_keys) >> (entry >> 59 & 15) * 2
     key_denies = (fetch ^ 1) & (keys | keys >> 1 & strict)
     smep = fetch & mode >> MODE_SMEP
     smap = (fetch ^ 1) & mode >> MODE_SMAP & (mode >> MODE_AC & (access & 1 ^ 1) ^ 1)

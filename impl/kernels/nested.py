@@ -77,7 +77,7 @@ def walk(
     if cr3 >> 61 | mode >> MODE_LAM_SUP & 1:
         address = without_metadata(mode, cr3, address, access)
     upper = address >> (shift - 1)
-    if upper != 0 and upper != (1 << (65 - shift)) - 1:
+    if (upper != 0) & (upper != (1 << (65 - shift)) - 1):
         return NONCANONICAL, 0, 0
     top = level
     fetch = access >> 4 & (mode >> MODE_NXE | mode >> MODE_SMEP) & 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vapama.proofs import completeness, prover, symbolic
+from vapama.proofs import completeness, lemmas, prover, symbolic
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def seed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
             source = source.replace(before, after)
         mistaken = ModuleType(symbolic.__name__)
         exec(compile(source, "<mistaken>", "exec"), mistaken.__dict__)
-        for module in (prover, completeness):
+        for module in (prover, completeness, lemmas):
             for name, value in vars(symbolic).items():
                 if name in vars(module) and vars(module)[name] is value:
                     monkeypatch.setattr(module, name, getattr(mistaken, name))

@@ -476,6 +476,14 @@ def false_of_two_operations_on_the_same_words(nondet: Nondet, _: Any) -> None:
     assert x | y == both
 
 
+@false
+def false_of_a_choice_that_another_path_has_made(nondet: Nondet, _: Any) -> None:
+    x = nondet.word("x")
+    if x == 5:
+        nondet.reach("five")
+    assert ite(x == 5, 1, 0) == 1
+
+
 @true
 def true_in_each_round_of_a_loop(nondet: Nondet, _: Any) -> None:
     x = nondet.word("x", SMALL)
@@ -953,8 +961,8 @@ _NOT_RECORDED = """            if kind == BRANCH and not decision.open:
                 return decision.taken
             self.trail.append(decision)
 """
-_RESET = "                    self.witness = None\n"
-_REMEMBERED = "self._learn(term, (self._decide(BRANCH, sides) == 0) is not negated)\n"
+_FITTING = "self.witness = decision.models.pop(decision.taken, None)\n"
+_REMEMBERED = "self._learn(fact, self._decide(BRANCH, fact.sides) == 0)\n"
 
 MISTAKES = {
     "forced branches are not recorded": Mistake(
@@ -974,7 +982,7 @@ MISTAKES = {
         ),
     ),
     "conditions are remembered from run to run": Mistake(
-        "self.known = {}, [], set(), {}\n",
+        "self.known = {}, [], set(), dict(self.given)\n",
         "_ = {}, [], set(), {}\n",
         false_on_the_last_path,
         DETERMINISM,
@@ -996,11 +1004,11 @@ MISTAKES = {
         "self.solver.pop(drop)",
         "self.solver.pop(drop - 1)",
         false_on_the_path_after_a_return,
-        COMPLETENESS,
+        NO_MODEL,
     ),
     "the other side of a branch is dropped": Mistake(
-        "Decision(kind, options, ways[0], ways[1:], shut)",
-        "Decision(kind, options, ways[0])",
+        "Decision(kind, options, first, others, models)",
+        "Decision(kind, options, first, [], models)",
         false_but_for_an_early_return,
         COMPLETENESS,
     ),
@@ -1023,26 +1031,26 @@ MISTAKES = {
         COMPLETENESS,
     ),
     "addresses that may be equal are": Mistake(
-        "1 if self._possible(z3.Not(options[0])) else 0)",
-        "0 if self._possible(options[0]) else 1)",
+        "1 if self._possible(z3.Not(options[0])) else 0",
+        "0 if self._possible(options[0]) else 1",
         a_given_entry_is_everywhere,
         COMPLETENESS,
     ),
     "a model is kept where it does not fit": Mistake(
-        _RESET,
-        _RESET.replace("self.witness = None", "pass"),
+        _FITTING,
+        "pass\n",
         true_where_the_last_model_is_of_another_path,
         NO_MODEL,
     ),
     "a model that does not fit reaches a label": Mistake(
-        _RESET,
-        _RESET.replace("self.witness = None", "pass"),
+        _FITTING,
+        "pass\n",
         a_label_where_the_last_model_is_of_another_path,
         NO_MODEL,
         witnesses=True,
     ),
     "the last side of a branch is always possible": Mistake(
-        "if (last and not ways and kind == BRANCH)",
+        "if (last and not models and kind == BRANCH)",
         "if (last and kind == BRANCH)",
         true_under_branches_forced_by_earlier_ones,
         NO_MODEL,
@@ -1061,16 +1069,16 @@ MISTAKES = {
     ),
     "a condition is remembered without its sense": Mistake(
         _REMEMBERED,
-        "taken = self._decide(BRANCH, sides) == 0\n"
-        "            self.known[term.get_id()] = taken\n"
+        "taken = self._decide(BRANCH, fact.sides) == 0\n"
+        "            self.known[fact.number] = taken\n"
         "            return taken\n",
         false_where_a_branch_is_taken_again,
         WITNESS_REACHES,
         witnesses=True,
     ),
     "a term is known by a number that it gave back": Mistake(
-        "self.simplified[term.get_id()] = (term, simple, negated)",
-        "self.simplified[term.get_id()] = (simple, simple, negated)",
+        "found = Fact(term, simple,",
+        "found = Fact(simple, simple,",
         false_in_a_loop_that_is_like_another,
         TABLE_ALONE,
         # What was built before keeps the terms too.
@@ -1086,6 +1094,12 @@ MISTAKES = {
         "key = (operation, *",
         "key = (None, *",
         false_of_two_operations_on_the_same_words,
+        TABLE_ALONE,
+    ),
+    "a choice that a path has made is kept for others": Mistake(
+        "    def ite(self, then",
+        "    @once\n    def ite(self, then",
+        false_of_a_choice_that_another_path_has_made,
         TABLE_ALONE,
     ),
     "words are signed": Mistake(
@@ -1128,8 +1142,8 @@ MISTAKES = {
         TABLE_ALONE,
     ),
     "memory is one entry": Mistake(
-        "z3.Select(self.array, where.term)",
-        "z3.Select(self.array, _constant(0).term)",
+        "z3.Select(array, where.term)",
+        "z3.Select(array, _constant(0).term)",
         all_entries_are_equal,
         TABLE_ALONE,
     ),

@@ -220,6 +220,59 @@ def test_what_a_lemma_says_is_known() -> None:
     assert verdict_on(the_low_bits_stay, WALK).status == UNDECIDED
 
 
+RARE = 0x1234_5678_9ABC
+"""An address that no run on plain ints happens to draw."""
+
+
+def the_low_bits_stay_but_at_one_address(nondet: Nondet, subject: Any) -> None:
+    cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
+    if access.address != RARE:
+        ours = subject.translate(cpu, memory, access)
+        if isinstance(ours, Translated) and (ours.pa ^ access.address) & 0xFFF != 0:
+            raise AssertionError
+
+
+def at_one_address_nothing_is_said_of_low_bits(nondet: Nondet, subject: Any) -> None:
+    if nondet.access().address == RARE:
+        nondet.cpu(), nondet.memory("guest")
+        return
+    the_low_bits_stay_but_at_one_address(nondet, subject)
+
+
+def it_is_not_that_address(nondet: Nondet, subject: Any) -> None:
+    _, _, access, *_ = walks(nondet, subject)
+    if access.address == RARE:
+        raise AssertionError
+
+
+SUPPOSING = {
+    "the first of a lemma's ways alone is supposed": (
+        the_low_bits_stay_but_at_one_address,
+        "_any_of([_all_of(way) for way in ways])",
+        "_all_of(ways[0])",
+    ),
+    "the last of a lemma's ways alone is supposed": (
+        at_one_address_nothing_is_said_of_low_bits,
+        "_any_of([_all_of(way) for way in ways])",
+        "_all_of(ways[-1])",
+    ),
+    "what one way of a lemma says is known": (
+        the_low_bits_stay_but_at_one_address,
+        "if all(any((f.number, f.negated) == same for f in others) for others in facts[1:]):",
+        "if True:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUPPOSING)
+def test_all_ways_of_a_lemma_are_supposed(name: str, seed: Callable[..., Any]) -> None:
+    lemma, before, after = SUPPOSING[name]
+    lemmas = WALK, resting(lemma)
+    assert verdict_on(it_is_not_that_address, *lemmas).status == COUNTEREXAMPLE
+    seed((before, after))
+    assert verdict_on(it_is_not_that_address, *lemmas).status == CONDITIONAL
+
+
 # Lemmas that are not what they should be.
 
 
