@@ -543,7 +543,8 @@ def _simple(a: SymWord) -> z3.BitVecRef:
 
 def _simple_id(a: SymWord) -> int:
     """What is the same for words that z3 simplifies to the same term, as long as they are kept."""
-    return _simple(a).get_id()
+    number: int = _simple(a).get_id()
+    return number
 
 
 BRANCH, ASSUME, CHOICE, MUST, ASK = "branch", "assume", "choice", "must", "ask"
