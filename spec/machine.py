@@ -299,7 +299,8 @@ class _Judged:
         self.stored: dict[Word, tuple[Word, Word]] = {}
         """The words that the store leaves, by address, and which of their bits it wrote."""
         self.flagged: dict[Word, Word] = {}
-        """Entries with the flags that were set in them before the store overwrote them."""
+        """Entries that the store overwrote, all or a part, with the flags that were set in them
+        before: as such they may be cached."""
 
     def follow(self) -> None:
         """Find a way that the access may go and that explains what was seen, and go it."""
@@ -400,8 +401,8 @@ class _Judged:
             if after & ~flags != word or needed.get(address, 0) & flags & ~after:
                 return None
             changes[address] = after
-            if overwritten & bits & ~before:
-                self.flagged[address] = before | bits
+            if overwritten and bits & ~before:
+                self.flagged[address] = before | bits & (overwritten | after)
         return changes
 
     def _loaded(self, way: Way, changes: dict[Word, Word]) -> Word:

@@ -212,7 +212,8 @@ def plan(style: Word = 0, design: str = SHADOW, guests: int = 2, vcpus: int = 2)
 
     `style` is what a program has in mind: bits 19:0 its four pages, 28:20 control bits at first,
     31:29 and 34:32 its paging modes, 35 whether a second stage has five levels, 36 that it has all
-    four pages in mind and not the first alone.
+    four pages in mind and not the first alone, 37 that it is narrow: most of it is about one page,
+    below the directory's entry of bits 39:38, and about the entry that maps it.
     """
     processors = (cpu(style, design),) * vcpus
     guest = GuestPlan(processors, {0: MAIN, 1: ALIAS, 2: ROM}, image())
@@ -238,7 +239,10 @@ def decode(raw: Word, machine: Machine, style: Word = 0) -> Step:
     guest %= len(machine.guests)
     its = machine.guests[guest]
     vcpu %= len(its.processors)
-    rest = _focused(raw >> 12, style)
+    aims = style >> 37 & 1 and raw >> 58 & 3
+    rest = _focused(raw >> 12, style & ~(1 << 36) if aims else style)
+    if aims:
+        rest = rest & ~3 | style >> 38 & 3
     now = its.processors[vcpu].cpu
     mode = paging(now)
     if how == 0:
@@ -253,12 +257,12 @@ def decode(raw: Word, machine: Machine, style: Word = 0) -> Step:
         return Store(guest, vcpu, access, rest >> 22)
     if how < 0xA8:
         if mode == LEGACY or (mode == OFF and raw >> 60 & 1):
-            return _edit_32(guest, vcpu, rest, mode, its)
-        return _edit(guest, vcpu, rest, mode)
+            return _edit_32(guest, vcpu, _aimed(rest, 1) if aims else rest, mode, its)
+        return _edit(guest, vcpu, _aimed(rest, 0) if aims else rest, mode)
     if how < 0xBC:
         return Invlpg(guest, vcpu, _address(rest, mode) & ~0xFFF)
     if how < 0xC0:
-        return Invpcid(guest, vcpu, rest & 3, rest >> 2 & 3, _address(rest >> 4, mode))
+        return Invpcid(guest, vcpu, rest >> 14 & 3, rest >> 16 & 3, _address(rest, mode))
     if how < 0xD8:
         return _move(guest, vcpu, raw >> 12, now, style)
     return _host(guest, vcpu, how, rest)
@@ -271,6 +275,16 @@ def _focused(rest: int, style: Word) -> int:
         return rest
     which = page & 3 if style >> 36 & 1 else 0
     return rest & ~0x7C | (style >> 5 * which & 0x1F) << 2
+
+
+def _aimed(rest: int, is_32: int) -> int:
+    """The word for an edit of the entry that maps the address that a narrow style has in mind."""
+    directory = rest & 3
+    if directory == 2:  # a large page: its entry is the directory's
+        return rest & ~0x3FF | (1 << 2 if is_32 else 2 << 2 | 2 << 7)
+    if is_32:
+        return rest & ~0x3FF | rest & 0x7C | 1 | (directory == 1) << 7
+    return rest & ~3 | (3 if directory == 1 else 2)
 
 
 def _address(rest: int, mode: int) -> Word:
@@ -416,7 +430,7 @@ def _elsewhere(guest: int, vcpu: int, rest: int, now: Cpu, style: Word) -> Step:
 
 def _host(guest: int, vcpu: int, how: int, rest: int) -> Step:
     page = (LOW, HIGH, DIRECTORY, DIRECTORY_32)[rest >> 8 & 3]
-    if rest & 3:
+    if rest >> 12 & 3:
         gfn = FRAMES[rest >> 2 & 0x1F]
         page = gfn if gfn < PAGES else 8 + (gfn & 3)
     if how < 0xE2:
@@ -424,9 +438,9 @@ def _host(guest: int, vcpu: int, how: int, rest: int) -> Step:
     if how < 0xE8:
         return Migrate(guest, page)
     if how < 0xEC:
-        return Log(guest, int(rest & 3 == 0), rest >> 8 & 1 == 0)
+        return Log(guest, int(rest >> 12 & 3 == 0), rest >> 8 & 1 == 0)
     if how < 0xF0:
-        return Harvest(guest, int(rest & 3 == 0))
+        return Harvest(guest, int(rest >> 12 & 3 == 0))
     if how < 0xF3:
         return Evict(guest, vcpu)
     if how < 0xF6:

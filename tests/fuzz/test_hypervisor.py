@@ -174,6 +174,14 @@ def test_the_machine_wants_the_address_of_a_fault() -> None:
                 machine.check(absent, Faulted(0, cr2), marked)
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+def test_an_entry_is_cached_as_it_was_before_the_store_that_it_leads_to_itself(design: str) -> None:
+    """A store to the upper half of the entry that maps the very page: the flags were set before."""
+    address = 0x200000 | programs.HIGH << 12 | programs.HIGH << 3
+    seen = run(programs.plan(design=design), store(address | 4, 2), store(address, 0))
+    assert seen == [Stored(), Stored()]
+
+
 def test_a_table_in_read_only_memory_needs_no_dirty_flags() -> None:
     """Its entry for 0x200000 names frame 0, and can never be marked dirty."""
     table = store(ENTRY, programs.ROM_TABLE << 12 | programs.USED)
