@@ -105,6 +105,7 @@ class Page:
     )
 
     def __init__(self, frame: int, gfn: int, role: int) -> None:
+        role = int(role)  # a plain key, in a proof too: what it means is kept beyond a run
         self.frame, self.base, self.gfn, self.role = frame, frame << 9, gfn, role
         self.level, self.access, self.direct = role & LEVEL, role >> ACCESS & ALL, role & DIRECT
         self.short = not self.direct and role >> PAGING & 7 in SHORT_ENTRIES

@@ -122,7 +122,7 @@ def a_fault_fills_just_what_the_guest_gives(nondet: Nondet, subject: Any) -> Non
 
     # WHAT IT LEFT
     view = hypervisor.view()
-    root = view.guests[0].processors[0].roots[0]
+    root = view.guests[0].processors[0].roots[0][0]
     real = cpu._replace(cr0=cpu.cr0 | WP, cr3=root << 12)
     found = _allowed_walks(view, cpu, memory, lambda ram, access: translate(real, ram, access))
     if isinstance(expected, Translated) and not found:
@@ -151,7 +151,7 @@ def a_second_stage_fault_maps_just_what_the_host_has(nondet: Nondet, subject: An
     )
     nondet.reach(design)
     view = hypervisor.view()
-    root = view.guests[0].processors[0].roots[0] << 12
+    root = view.guests[0].processors[0].roots[0][0] << 12
     stage: Stage = Ept(root | 6 | 3 << 3 | 1 << 6) if design == EPT else Npt(root)
     found = _allowed_walks(
         view, cpu, memory, lambda ram, access: nested.translate(cpu, stage, ram, access)
