@@ -6,14 +6,16 @@ one. What maps guest frames for a real core to walk is the guest's MMU: see `vap
 `vapama.impl.tdp`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vapama.impl.hardware import Frames, Ram
-from vapama.impl.host import Backing
+from vapama.impl.host import BLOCK, Backing
+from vapama.impl.kernels import large_pages
 from vapama.spec.cpu import Cpu
 from vapama.spec.outcomes import NonCanonical, OutsideMemory
 from vapama.spec.steps import Faulted, GuestPlan, Plan, Seen, Slot
+from vapama.spec.words import Flag, flag
 
 FLUSH, SYNC, RELOAD = 1, 2, 4
 """What a virtual processor must do before it enters the guest again: drop all that its core has
@@ -72,7 +74,7 @@ class Guest:
     ) -> None:
         self.number, self.ram, self.plan = number, ram, plan
         self.frames = frames
-        self.backing = Backing(frames)
+        self.backing = Backing(frames, own.mergeable)
         self.backing.notify.append(self.revoked)
         self.slots: dict[int, SlotState] = {}
         self.generation = 0
@@ -116,6 +118,22 @@ class Guest:
         """The frame of a slot's guest frame, made present, and whether it may be written."""
         frame, writable = self.backing.fault(slot.page + gfn - slot.gfn, write)
         return frame, writable and not slot.readonly
+
+    def level_of(
+        self, slot: SlotState, gfn: int, most: int, fetch: Flag, tables: Collection[int] = ()
+    ) -> int:
+        """Up to which level, `most` at most, one entry may map a guest frame and those around it.
+
+        It may be 2 if they are in one huge page that the slot maps whole and aligned, no guest
+        frame of `tables`, which must not be written, is among them, and writes are not logged.
+        """
+        page = slot.page + gfn - slot.gfn
+        if page // BLOCK not in self.backing.huge or slot.log:
+            return 1
+        size = slot.end - slot.gfn << 12
+        level = large_pages.largest_level(slot.gfn << 12, size, slot.page << 12, gfn << 12, 2, most)
+        tracked = flag(any(table // BLOCK == gfn // BLOCK for table in tables))
+        return int(large_pages.restricted(level, tracked, 1, fetch, flag(self.plan.multihit)))
 
     def __getitem__(self, index: int) -> int:
         """The guest's word with this index, as a walk of its tables reads it. Raises `NotRam`."""

@@ -33,17 +33,18 @@ class Ram(dict[int, int]):
         """The word of fresh memory."""
         return 0
 
+    def within(self, frame: int) -> set[int]:
+        """The indices of a frame's words that are not 0, and of some that are."""
+        return self.keys() & range(frame << 9, frame + 1 << 9)
+
     def page(self, frame: int) -> dict[int, int]:
         """The words of a frame that are not 0, by their index in it."""
-        base = frame << 9
-        return {i: self[base | i] for i in range(PAGE_WORDS) if self.get(base | i)}
+        return {i & PAGE_WORDS - 1: self[i] for i in self.within(frame) if self[i]}
 
     def clear(self, frame: int = 0) -> None:
         """Make every word of a frame 0."""
-        base = frame << 9
-        for i in range(base, base + PAGE_WORDS):
-            if i in self:
-                del self[i]
+        for i in self.within(frame):
+            del self[i]
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy a frame's words to a cleared frame."""
@@ -82,6 +83,16 @@ class Frames:
         if not self.free_list:
             raise NoFrames(f"all {self.total} frames of machine memory are taken")
         return self.free_list.pop()
+
+    def take_run(self, count: int) -> int | None:
+        """The first of `count` frames in a row, aligned to their number; None if there are none."""
+        free = set(self.free_list)
+        for first in range((self.total - count) // count * count, 0, -count):
+            if free.issuperset(range(first, first + count)):
+                end = first + count
+                self.free_list = [f for f in self.free_list if not first <= f < end]
+                return first
+        return None
 
     def give(self, frame: int) -> None:
         """Free a frame, and clear it."""
@@ -333,6 +344,7 @@ class TwoStageCore(Core):
         "places",
         "stage",
         "stage_access",
+        "stage_level",
         "stage_levels",
         "stage_mode",
         "stage_reserved",
@@ -351,6 +363,8 @@ class TwoStageCore(Core):
         self.stage_levels = levels
         self.stage, self.stage_mode, self.stage_reserved = stage, mode, reserved
         self.stage_root = self.gpa = self.stage_access = self.stage_value = 0
+        self.stage_level = 1
+        """The level of the second stage's leaf that was used last."""
         self.guest_path = [0] * 6
         self.view = Caching(self, self.upper)
         self.stage_upper: dict[int, int] = {}
@@ -384,6 +398,7 @@ class TwoStageCore(Core):
             raise LeftGuest
         for level in range(self.stage_levels, status, -1):
             self.stage_upper.setdefault(path[level], self.ram[path[level]])
+        self.stage_level = status
         return int(value)
 
     def translate(self, address: int, access: int) -> tuple[int, int]:
@@ -445,7 +460,7 @@ class TwoStageCore(Core):
 
         # THE PAGE
         value = self._second(gpa, access & 0x12)
-        last = self.ram[self.path[1]]
+        last = self.ram[self.path[self.stage_level]]
 
         # THE GUEST'S FLAGS
         rights, no_execute, entry = 6, 0, ACCESSED | DIRTY

@@ -5,20 +5,47 @@ out, or was never touched; it may be mapped read-only, because the frame is shar
 same-page merging does). Whoever maps frames elsewhere (a hypervisor's tables) is told, by its
 notifier, before a page's frame changes or its right to be written goes: it must have dropped every
 mapping when the notifier returns. Source: Linux, Documentation/mm/mmu_notifier.rst.
+
+512 pages in as many frames in a row, aligned, may be one huge page, which others then may map by
+one large entry. It is split before anything is done to a page of it. `Merger` lets pages of equal
+words, of one guest or several, share a frame.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from vapama.impl.hardware import Frames
+from vapama.impl.ksm import Frames as Contents
+from vapama.impl.ksm import Ksm, Numbers
+from vapama.spec.words import Flag
+
+BLOCK = 512
+"""The pages of a huge page: it takes 2 MBytes."""
 
 
 class Backing:
     """The pages of one guest's backing."""
 
-    __slots__ = ("break_sharing", "copies", "frame", "frames", "notify", "readonly")
+    __slots__ = (
+        "copies",
+        "frame",
+        "frames",
+        "huge",
+        "mergeable",
+        "merger",
+        "notify",
+        "readonly",
+    )
 
-    def __init__(self, frames: Frames) -> None:
+    def __init__(self, frames: Frames, mergeable: Sequence[int] = ()) -> None:
         self.frames = frames
+        self.mergeable = mergeable
+        """The pages that same-page merging may look at."""
+        self.merger: Merger | None = None
+        self.huge: set[int] = set()
+        """Which blocks of pages are one huge page: the number of the first, by `BLOCK`."""
         self.frame: dict[int, int] = {}
         """The frame that a page is in."""
         self.readonly: set[int] = set()
@@ -27,8 +54,6 @@ class Backing:
         """Words of pages as they were swapped out; true still while the page was not written."""
         self.notify: list[Callable[[int], None]] = []
         """Told the page, before what it is mapped to is revoked."""
-        self.break_sharing: Callable[[Backing, int], None] | None = None
-        """Gives a page of `readonly` a frame of its own, whose notifiers it has called."""
 
     def fault(self, page: int, write: bool) -> tuple[int, bool]:
         """The frame of a page, which is made present, and whether it may be written."""
@@ -45,12 +70,25 @@ class Backing:
         return frame, page not in self.readonly
 
     def unshare(self, page: int) -> None:
-        """Give a shared page a frame of its own, with the same words (copy on write)."""
-        if self.break_sharing is not None:
-            self.break_sharing(self, page)
+        """Give a shared page a frame of its own, with the same words (copy on write).
+
+        It is a new one, even if nobody else uses the shared one any more.
+        """
+        target = self.frames.take()
+        self.revoke(page)
+        self.frames.ram.copy_page(self.frame[page], target)
+        self.leave(page)
+        self.frame[page] = target
+
+    def leave(self, page: int) -> None:
+        """Let a page, which nothing maps any more, use its frame no longer."""
+        frame = self.frame.pop(page)
+        if page in self.readonly:
+            self.readonly.discard(page)
+            assert self.merger is not None
+            self.merger.left(frame, self, page)
         else:
-            self.move(page, keep=True)
-        self.readonly.discard(page)
+            self.frames.give(frame)
 
     def written(self, page: int) -> None:
         """The page was written: the copy of it, if there is one, is out of date."""
@@ -69,6 +107,7 @@ class Backing:
         frame = self.frame.get(page)
         if frame is None or page in self.readonly:
             return False
+        self.split(page)
         self.revoke(page)
         if page not in self.copies:
             self.copies[page] = self.frames.ram.page(frame)
@@ -76,15 +115,159 @@ class Backing:
         self.frames.give(frame)
         return True
 
-    def move(self, page: int, keep: bool = False) -> bool:
-        """Put the page into another frame. The old one is freed, unless others `keep` it."""
+    def move(self, page: int) -> bool:
+        """Put the page, and all that share its frame, into another; False if it has no frame."""
         frame = self.frame.get(page)
-        if frame is None or (page in self.readonly and not keep):
+        if frame is None:
             return False
+        self.split(page)
         target = self.frames.take()
-        self.revoke(page)
+        users = [(self, page)]
+        if page in self.readonly:
+            assert self.merger is not None
+            users = self.merger.moves(frame, target)
+        for backing, at in users:
+            backing.revoke(at)
+            backing.frame[at] = target
         self.frames.ram.copy_page(frame, target)
-        self.frame[page] = target
-        if not keep:
-            self.frames.give(frame)
+        self.frames.give(frame)
         return True
+
+    def collapse(self, page: int) -> bool:
+        """Put the pages of a block into one run of frames, as a huge page; False if it can't be.
+
+        Pages never touched become zeros, shared pages get their words back, and no copies remain.
+        A block in which no page has a frame stays as it is. Source: Linux, mm/khugepaged.c.
+        """
+        block = page // BLOCK
+        pages = range(block * BLOCK, block * BLOCK + BLOCK)
+        if block in self.huge or not any(each in self.frame for each in pages):
+            return block in self.huge
+        run = self.frames.take_run(BLOCK)
+        if run is None:
+            return False
+        ram = self.frames.ram
+        for each, target in zip(pages, range(run, run + BLOCK), strict=True):
+            if each in self.frame:
+                self.revoke(each)
+                ram.copy_page(self.frame[each], target)
+                self.leave(each)
+            for index, word in self.copies.pop(each, {}).items():
+                ram[target << 9 | index] = word
+            self.frame[each] = target
+        self.huge.add(block)
+        return True
+
+    def split(self, page: int) -> None:
+        """Make the huge page around a page 512 pages again, in the same frames."""
+        block = page // BLOCK
+        if block in self.huge:
+            self.revoke(block * BLOCK)  # a large entry maps them all, small ones stay right
+            self.huge.discard(block)
+
+
+class Merger:
+    """Same-page merging over the backings of all guests: a `vapama.impl.ksm.Host`.
+
+    A scan is told the words of memory as they are when it begins: guests do not run meanwhile. Page
+    numbers of KSM's count an area's mergeable pages.
+    """
+
+    def __init__(self, backings: Sequence[Backing], frames: Frames, zero_pages: bool) -> None:
+        self.backings, self.frames = backings, frames
+        self.zero: int | None = None
+        """The frame of zeros that pages share with `zero_pages`, as long as there are any."""
+        self.contents: Contents = np.zeros((frames.total, BLOCK), dtype=np.uint64)
+        self.mapped: npt.NDArray[np.int32] = np.zeros(frames.total, dtype=np.int32)
+        self.users: dict[int, set[tuple[Backing, int]]] = {}
+        """The pages that use a frame read-only."""
+        self.filled: Numbers = np.zeros(0, dtype=np.int64)
+        for backing in backings:
+            backing.merger = self
+        self.ksm = Ksm(self, use_zero_pages=int(zero_pages))
+
+    def scan(self) -> None:
+        """Scan everything once."""
+        ram = self.frames.ram
+        words = self.contents.reshape(-1)
+        words[self.filled] = 0
+        self.filled = np.fromiter(ram.keys(), dtype=np.int64, count=len(ram))
+        words[self.filled] = np.fromiter(ram.values(), dtype=np.uint64, count=len(ram))
+        self.mapped[:] = 0
+        for backing in self.backings:
+            for frame in backing.frame.values():
+                self.mapped[frame] += 1
+        self.ksm.scan()
+
+    def left(self, frame: int, backing: Backing, page: int) -> None:
+        """A page uses a shared frame no longer: with the last the frame is free."""
+        users = self.users[frame]
+        users.discard((backing, page))
+        if not users:
+            del self.users[frame]
+            if frame == self.zero:
+                self.zero = None
+            self.ksm.freed(frame)
+            self.frames.give(frame)
+
+    def moves(self, frame: int, target: int) -> list[tuple[Backing, int]]:
+        """A shared frame is moved to another: who uses it."""
+        users = self.users[target] = self.users.pop(frame)
+        if frame == self.zero:
+            self.zero = target
+        self.ksm.moved(frame, target)
+        return list(users)
+
+    # What KSM asks for: `vapama.impl.ksm.Host`
+
+    def areas(self) -> Sequence[Backing]:
+        """The guests' backings."""
+        return self.backings
+
+    def frames_of(self, area: Backing) -> Numbers:
+        """The frame of each mergeable page; -1 for one that has none."""
+        frames = np.array([area.frame.get(page, -1) for page in area.mergeable], dtype=np.int64)
+        if self.zero is not None:
+            frames[frames == self.zero] = -1
+        return frames
+
+    def frame_at(self, area: Backing, page: int) -> int:
+        """The same of one."""
+        frame = area.frame.get(area.mergeable[page], -1)
+        return -1 if frame == self.zero else frame
+
+    def is_pinned(self, area: Backing, page: int) -> Flag:
+        """No device holds a guest's page."""
+        return 0
+
+    def protect(self, area: Backing, page: int) -> None:
+        """Let nobody write to the page's frame: a huge page is split, every mapping dropped."""
+        page = area.mergeable[page]
+        area.split(page)
+        area.revoke(page)
+        area.readonly.add(page)
+        self.users.setdefault(area.frame[page], set()).add((area, page))
+
+    def share(self, area: Backing, page: int, frame: int) -> None:
+        """Let the page, which was protected, use this frame in place of its own."""
+        page = area.mergeable[page]
+        area.leave(page)
+        area.frame[page] = frame
+        area.readonly.add(page)
+        self.users[frame].add((area, page))
+        self.mapped[frame] += 1
+
+    def map_zero(self, area: Backing, page: int) -> None:
+        """Let the page, which was protected and is all zeros, use the zero frame: it is the first
+        such page's.
+        """
+        if self.zero is None:
+            self.zero = area.frame[area.mergeable[page]]
+        else:
+            self.share(area, page, self.zero)
+
+    def unmerge(self, area: Backing) -> None:
+        """Give every mergeable page that is shared a frame of its own."""
+        for page in area.mergeable:
+            if page in area.readonly:
+                area.unshare(page)

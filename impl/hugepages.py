@@ -7,9 +7,7 @@ pool. `split` and `collapse` rewrite tables.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from vapama.impl.kernels import large_pages, pool
 from vapama.impl.kernels.pool import Pool, Subpool
@@ -196,7 +194,7 @@ class Backing:
 
 
 def split(
-    image: npt.NDArray[np.uint64],
+    image: Any,
     index: int,
     level: int,
     table_frame: int,
@@ -204,6 +202,8 @@ def split(
     flush: Callable[[], None],
 ) -> None:
     """Replace the large leaf at `index` (of 8-byte entries) by a table of 512 smaller ones.
+
+    `image` is memory as words by index.
 
     The table is written in `table_frame` before it is linked, by an entry with the bits of
     `pointer`; the large translation is flushed before anybody may change the small ones.
@@ -216,9 +216,7 @@ def split(
     flush()
 
 
-def collapse(
-    image: npt.NDArray[np.uint64], index: int, level: int, flush: Callable[[], None]
-) -> bool:
+def collapse(image: Any, index: int, level: int, flush: Callable[[], None]) -> bool:
     """Replace the table that the entry at `index` links by one leaf of `level`, if it can be.
 
     Small translations are flushed before the table's frame may be used otherwise.

@@ -440,7 +440,7 @@ class Ksm:
 
     def unstable_page(self, digest: int, frame: int) -> tuple[Any, int] | None:
         """A page of this very content that this scan met before, and that still has it."""
-        for area, page in (*self.unstable.get(digest, ()), *self.remembered(digest)):
+        for area, page in (*self.unstable.get(digest, ()), *self.met(digest)):
             items = self.items.get(area)
             if items is not None and items.state[page] & UNSTABLE:
                 theirs = self.host.frame_at(area, page)
@@ -448,7 +448,7 @@ class Ksm:
                     return area, page
         return None
 
-    def remembered(self, digest: int) -> list[tuple[Any, int]]:
+    def met(self, digest: int) -> list[tuple[Any, int]]:
         """The pages of this hash that earlier parts of the scan met once."""
         return [
             (area, int(page))
@@ -522,6 +522,15 @@ class Ksm:
             self.unshared -= 1
 
     # What can be observed
+
+    def remembered(self) -> object:
+        """All that later scans depend on besides the pages themselves."""
+        items = [
+            [array.tobytes() for array in (i.checksum, i.node, i.state, i.age, i.skips)]
+            for i in (*self.items.values(), *self.exited)
+        ]
+        nodes = [(node.frame, node.items, node.chained) for node in self.nodes]
+        return items, nodes, sorted(self.stable.items()), self.spare_nodes
 
     def counters(self) -> tuple[int, int, int, int, int]:
         """Pages shared, sharing, unshared and volatile, and skipped so far."""

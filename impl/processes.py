@@ -228,7 +228,7 @@ class Processes:
     ) -> None:
         """A debugger's write, which read-only protection does not stop: to a private copy only.
 
-        With `race` the process discards the page between the fault and the write.
+        With `race` the process discards the page between the fault and the write, and reads it.
         """
         while True:
             word = int(process.table[page])
@@ -238,6 +238,7 @@ class Processes:
             self.fault(process, page, write=True)
             if race:
                 self.discard(process, page)
+                self.load(process, page)
                 race = False
         self.contents[frame] = content
 

@@ -174,9 +174,6 @@ class ShadowContext(Context):
 class ShadowMmu(Mmu):
     """The shadow MMU of one guest."""
 
-    large_pages: Any = None
-    """Says up to which level a slot's guest frame may be mapped by one SPTE; 1 if there is none."""
-
     def __init__(self, guest: Guest) -> None:
         super().__init__(guest)
         self.pages: dict[int, Page] = {}
@@ -431,9 +428,9 @@ class ShadowMmu(Mmu):
             table = self.gptes[page.level] >> 12 & FRAME >> 12
             page = self._child(vcpu, page, index, table, rights[page.level], 0)
         goal = 1
-        if slot is not None and self.large_pages is not None:
-            goal = min(level, self.large_pages(slot, gfn))
-        while page.level > goal:
+        if slot is not None:
+            goal = guest.level_of(slot, gfn, level, word >> 4 & 1, self.shadowing)
+        while page.level > goal or self._stays_small(page, address):
             index = page.base | address >> 3 + 9 * page.level & 511
             start = gfn & ~((1 << 9 * (page.level - 1)) - 1)
             page = self._child(vcpu, page, index, start, leaf_rights, DIRECT)
@@ -450,6 +447,12 @@ class ShadowMmu(Mmu):
         elif page.level == 1 and not page.direct:
             self._prefetch(vcpu, page, index)
         return None
+
+    def _stays_small(self, page: Page, address: int) -> bool:
+        """Whether code was fetched from here, which must not be from a large page."""
+        spte = self.ram[page.base | address >> 3 + 9 * page.level & 511]
+        small = spte & PRESENT and not spte & (LARGE | 1 << 51)
+        return self.guest.plan.multihit and page.level > 1 and bool(small)
 
     def _rights(self, vcpu: Vcpu, level: int) -> list[int]:
         """The rights that are left at each level of the guest's walk, that level included."""
@@ -680,7 +683,7 @@ class ShadowMmu(Mmu):
             spte |= ACCESSED
         if level > 1:
             spte |= LARGE
-        if not access & X:
+        if not access & X or (level > 1 and self.guest.plan.multihit):
             spte |= NX
         if access & U:
             spte |= USER
@@ -970,6 +973,8 @@ class ShadowMmu(Mmu):
             [self._processor_view(vcpu) for vcpu in guest.vcpus],
             (self.blank,),
             role_view,
+            guest.backing.huge,
+            guest.plan.multihit,
         )
 
     def _processor_view(self, vcpu: Vcpu) -> ProcessorView:

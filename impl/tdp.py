@@ -15,12 +15,16 @@ from typing import Any
 
 from vapama.impl.guest import EMULATE, FLUSH, RELOAD, Guest, NotRam, SlotState, Vcpu, reflected
 from vapama.impl.hardware import TABLE, TwoStageCore
+from vapama.impl.host import BLOCK
+from vapama.impl.hugepages import split
 from vapama.impl.kernels import ept, npt
 from vapama.impl.mmu import (
     ACCESSED,
     ALL,
     DIRTY,
     FRAME,
+    LARGE,
+    NX,
     PRESENT,
     USER,
     WRITABLE,
@@ -45,12 +49,23 @@ class Format:
     maps a page to read and execute, `device` for one that always faults.
     """
 
-    __slots__ = ("device", "device_mask", "dirty", "kernels", "leaf", "present", "table", "write")
+    __slots__ = (
+        "code",
+        "device",
+        "device_mask",
+        "dirty",
+        "kernels",
+        "leaf",
+        "present",
+        "table",
+        "write",
+    )
 
     def __init__(self, design: str) -> None:
         if design == EPT:
             self.kernels: Any = ept
             self.present, self.write, self.dirty = 7, EPT_WRITE, EPT_DIRTY
+            self.code = EPT_EXECUTE
             self.table = EPT_READ | EPT_WRITE | EPT_EXECUTE | EPT_ACCESSED
             self.leaf = EPT_READ | EPT_EXECUTE | WRITE_BACK | EPT_ACCESSED
             # Not to be read and yet to be written is a misconfiguration.
@@ -58,9 +73,14 @@ class Format:
         else:
             self.kernels = npt
             self.present, self.write, self.dirty = PRESENT, WRITABLE, DIRTY
+            self.code = NX
             self.table = PRESENT | WRITABLE | USER | ACCESSED
             self.leaf = PRESENT | USER | ACCESSED
             self.device = self.device_mask = PRESENT | 1 << 51
+
+    def no_code(self, entry: int) -> int:
+        """A leaf from which no code is fetched."""
+        return entry ^ self.code
 
 
 class TwoDimensional(Mmu):
@@ -171,17 +191,27 @@ class TwoDimensional(Mmu):
         if slot.readonly and write:
             return EMULATE
         frame, writable = guest.frame_of(slot, gfn, write)
-        self._map(slot, gfn, frame, writable and (write or self.logs_by_flags or not slot.log))
+        level = guest.level_of(slot, gfn, 2, access >> 4 & 1)
+        writable = writable and (write or self.logs_by_flags or not slot.log)
+        self._map(gfn, level, frame, writable)
         if write and not self.logs_by_flags:
             guest.mark_dirty(slot, gfn)
         return None
 
-    def _map(self, slot: SlotState, gfn: int, frame: int, writable: bool) -> None:
-        """Make the leaf of a guest frame."""
-        index = self._leaf(gfn, make=True)
-        assert index is not None
-        old = self.ram[index]
+    def _map(self, gfn: int, level: int, frame: int, writable: bool) -> None:
+        """Make the leaf of a guest frame, or with level 2 of the 2 MBytes around it."""
+        index = self._entry(gfn, level)
         entry = self.format.leaf | frame << 12
+        if level > 1:
+            if self.ram[index] and not self.ram[index] & LARGE:
+                if self.guest.plan.multihit:
+                    self._map(gfn, 1, frame, writable)  # code was fetched from here
+                    return
+                self._drop_table(index)
+            entry = self.format.leaf | LARGE | frame // BLOCK * BLOCK << 12
+            if self.guest.plan.multihit:
+                entry = self.format.no_code(entry)
+        old = self.ram[index]
         if writable:
             entry |= self.format.write
         same = old & FRAME == entry & FRAME and not self._is_device(old)
@@ -198,30 +228,54 @@ class TwoDimensional(Mmu):
 
     def _set_device(self, gfn: int) -> None:
         """Have accesses to a device's page fault at once, as long as this is the generation."""
-        index = self._leaf(gfn, make=True)
-        assert index is not None
+        index = self._entry(gfn)
         if self.ram[index] and not self._is_device(self.ram[index]):
             self._drop(index, gfn)
             self.guest.flush()
         self.ram[index] = self.format.device | gfn << 12 | self.guest.generation << 52
 
-    def _leaf(self, gfn: int, make: bool = False) -> int | None:
-        """The index of a guest frame's entry; None if there is no table for it, unless `make`."""
+    def _leaf(self, gfn: int) -> int | None:
+        """The index of the entry that maps a guest frame, a large one or not, or would; None if
+        there is no table for it.
+        """
         page = self.root
-        while page.level > 1:
+        while True:
             index = page.base | gfn >> 9 * (page.level - 1) & 511
             entry = self.ram[index]
+            if page.level == 1 or entry & LARGE:
+                return index
             if not entry:
-                if not make:
-                    return None
-                span = 9 * (page.level - 1)
+                return None
+            page = self.pages[entry >> 12 & FRAME >> 12]
+
+    def _entry(self, gfn: int, level: int = 1) -> int:
+        """The index of a guest frame's entry at a level, with the tables that lead to it: they are
+        made, and large pages above it split.
+        """
+        page = self.root
+        while True:
+            span = 9 * (page.level - 1)
+            index = page.base | gfn >> span & 511
+            if page.level == level:
+                return index
+            entry = self.ram[index]
+            if not entry or entry & LARGE:
                 child = self._new_table(gfn >> span << span, page.level - 1)
                 child.parents[index] = page
-                self.ram[index] = child.frame << 12 | self.format.table
-                page = child
-            else:
-                page = self.pages[entry >> 12 & FRAME >> 12]
-        return page.base | gfn & 511
+                if entry:
+                    frame, bits = child.frame, self.format.table
+                    split(self.ram, index, page.level, frame, bits, self.guest.flush)
+                else:
+                    self.ram[index] = child.frame << 12 | self.format.table
+            page = self.pages[self.ram[index] >> 12 & FRAME >> 12]
+
+    def _drop_table(self, index: int) -> None:
+        """Free the table of small pages that an entry leads to, in whose place a large one goes."""
+        page = self.pages.pop(self.ram.pop(index) >> 12 & FRAME >> 12)
+        for at in self._used(page):
+            self._account(page.gfn + (at & 511), self.ram[at])
+        self.guest.flush()
+        self.frames.give(page.frame)
 
     def _new_table(self, gfn: int, level: int) -> Page:
         page = Page(self.frames.take(), gfn, level | LINEAR)
@@ -229,9 +283,12 @@ class TwoDimensional(Mmu):
         return page
 
     def _drop(self, index: int, gfn: int) -> None:
-        """Clear a leaf, and account for what was written through it."""
+        """Clear a leaf, and account for what was written through it.
+
+        For a large one there is nothing to do: no page of it has a copy aside or is logged.
+        """
         entry = self.ram.pop(index, 0)
-        if not self._is_device(entry):
+        if not self._is_device(entry) and not entry & LARGE:
             self._account(gfn, entry)
 
     def _account(self, gfn: int, entry: int) -> None:
@@ -254,7 +311,11 @@ class TwoDimensional(Mmu):
             self.guest.flush()
 
     def protect_slot(self, slot: SlotState) -> None:
-        """Start to watch a slot for writes."""
+        """Start to watch a slot for writes, page by page."""
+        for gfn in range(slot.gfn, slot.end):
+            index = self._leaf(gfn)
+            if index is not None and self.ram[index] & LARGE:
+                self._entry(gfn)
         self._watch(range(slot.gfn, slot.end))
 
     def watch_again(self, slot: SlotState, gfns: frozenset[int]) -> None:
@@ -344,4 +405,6 @@ class TwoDimensional(Mmu):
             ],
             (),
             role_view,
+            guest.backing.huge,
+            guest.plan.multihit,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 from vapama.impl.guest import EMULATE, WORD, Guest, NotRam, Vcpu, reflected
 from vapama.impl.hardware import LIMIT_WORDS, PAE_PAGING, Frames, Ram, paging_of
+from vapama.impl.host import Merger
 from vapama.impl.kernels import legacy
 from vapama.impl.mmu import linear
 from vapama.impl.shadow import ShadowMmu
@@ -29,6 +30,7 @@ from vapama.spec.steps import (
     EPT,
     NPT,
     SHADOW,
+    Collapse,
     DeviceWrite,
     Done,
     Evict,
@@ -44,12 +46,15 @@ from vapama.spec.steps import (
     Plan,
     Reclaim,
     Rest,
+    Scan,
     Seen,
     SetSlot,
+    Split,
     Step,
     Store,
     Stored,
     Unmap,
+    Unmerge,
     device_word,
 )
 
@@ -81,6 +86,8 @@ class Vmm:
             Guest(i, plan, own, self.ram, self.frames, MMUS[plan.design])
             for i, own in enumerate(plan.guests)
         ]
+        self.merger: Merger | None = None
+        """Same-page merging, from its first scan on."""
 
     def view(self) -> MachineView:
         """All that an audit looks at."""
@@ -89,6 +96,7 @@ class Vmm:
             self.frames.free_list,
             self.frames.total,
             [guest.mmu.anatomy() for guest in self.guests],
+            None if self.merger is None else self.merger.ksm.remembered(),
         )
 
     def watch(self, freed: Callable[[int], None], synced: Callable[[int, int], None]) -> None:
@@ -103,8 +111,19 @@ class Vmm:
 
     def do(self, step: Step) -> Seen:
         """Make a step, and say what was seen of it."""
-        if isinstance(step, Rest):
-            return Done()
+        match step:
+            case Rest():
+                return Done()
+            case Scan():
+                if self.merger is None:
+                    backings = [guest.backing for guest in self.guests]
+                    self.merger = Merger(backings, self.frames, self.plan.zero_pages)
+                self.merger.scan()
+                return Done()
+            case Unmerge():
+                if self.merger is not None:
+                    self.merger.ksm.unmerge()
+                return Done()
         guest = self.guests[step.guest]
         match step:
             case Load(_, vcpu, access):
@@ -123,6 +142,10 @@ class Vmm:
                 guest.backing.swap_out(page)
             case Migrate(_, page):
                 guest.backing.move(page)
+            case Collapse(_, page):
+                guest.backing.collapse(page)
+            case Split(_, page):
+                guest.backing.split(page)
             case SetSlot(_, number, slot):
                 guest.set_slot(number, slot)
             case Log(_, number, on):

@@ -127,7 +127,8 @@ class Anatomy(NamedTuple):
     `tables` are the tables in use by frame, and `dying` those that are some processor's root still.
     `rmap` has, by ``gfn << 2 | level``, the indices of the entries that map a guest frame.
     `generation` is that of the memory slots, for devices' entries. `extra` are frames taken for
-    another purpose. `role_of` explains the `role` of a table.
+    another purpose. `role_of` explains the `role` of a table. `huge` are the blocks of 512 pages of
+    the backing, by number, that are a huge page; with `multihit` no large entry may give code.
     """
 
     design: str
@@ -142,14 +143,17 @@ class Anatomy(NamedTuple):
     processors: Sequence[ProcessorView]
     extra: Collection[int]
     role_of: Callable[[int], Role]
+    huge: Collection[int] = ()
+    multihit: bool = False
 
 
 class MachineView(NamedTuple):
     """All of a machine: its words by index, the frames that are free and how many there are, its
-    guests.
+    guests. `remembered` is what same-page merging knows of pages from scan to scan.
     """
 
     memory: Mapping[int, Word]
     free: Collection[int]
     frames: int
     guests: Sequence[Anatomy]
+    remembered: object = None

@@ -141,7 +141,11 @@ def synced(machine: MachineView, number: int, root: int) -> None:
 
 def state(machine: MachineView) -> bytes:
     """A digest of all that a machine's view shows: equal for equal states."""
-    parts: list[object] = [sorted(machine.memory.items()), list(machine.free)]
+    parts: list[object] = [
+        sorted(machine.memory.items()),
+        list(machine.free),
+        machine.remembered,
+    ]
     for guest in machine.guests:
         pages = [
             (p.frame, p.gfn, p.level, p.role, p.unsync, p.roots, sorted(p.unsync_children))
@@ -152,6 +156,8 @@ def state(machine: MachineView) -> bytes:
             pages,
             slots,
             sorted(guest.backed.items()),
+            sorted(guest.shared),
+            sorted(guest.huge),
             sorted(guest.swapped),
             guest.generation,
         ]
@@ -288,6 +294,8 @@ class _Audit:
         if slot is None or gfn + size > slot.end:
             yield Violation(3, f"a leaf maps guest frame {gfn:#x}, which is in no slot", index)
             return
+        if size > 1:
+            yield from self._large_leaf(page, index, gfn, said, slot)
         for i in range(size):
             backed = slot.page + gfn + i - slot.gfn
             if guest.backed.get(backed) != said.frame + i:
@@ -315,6 +323,24 @@ class _Audit:
         if guest.design == SHADOW:
             yield from self._shadow_leaf(page, index, gfn, said.rights)
 
+    def _large_leaf(
+        self, page: TablePage, index: int, gfn: int, said: Entry, slot: SlotView
+    ) -> Iterator[Violation]:
+        """Rule 21: what is mapped by one large leaf is one page of the host's, wholly in its slot,
+        and at least as large a page of the guest's; no code in it, where that is to be so.
+        """
+        guest, size = self.guest, 1 << 9 * (page.level - 1)
+        if (gfn | said.frame | slot.page + gfn - slot.gfn) & size - 1:
+            yield Violation(21, f"guest frame {gfn:#x} is mapped large, and not aligned", index)
+        if slot.page + gfn - slot.gfn >> 9 not in guest.huge:
+            yield Violation(21, "a large leaf maps small pages of the host", index)
+        if guest.multihit and said.rights & X:
+            yield Violation(21, "code may be fetched from a large leaf", index)
+        if not page.direct:
+            gpte = self.guest_word(page.gfn, index & 511)
+            if gpte is None or not gpte & PAGE_SIZE:
+                yield Violation(21, "a large leaf maps a smaller page of the guest's", index)
+
     def _shadow_leaf(
         self, page: TablePage, index: int, gfn: int, rights: int
     ) -> Iterator[Violation]:
@@ -333,7 +359,7 @@ class _Audit:
         if gpte is None or not gpte & PRESENT or not self._has(page, gpte, ACCESSED):
             yield Violation(8, "a leaf stands for an entry that translates nothing", index)
             return
-        if gpte >> 12 & FRAME >> 12 != gfn:
+        if (gpte >> 12 & FRAME >> 12) & ~((1 << 9 * (page.level - 1)) - 1) != gfn:
             yield Violation(8, f"a leaf maps {gfn:#x}, and the guest's entry another frame", index)
         given = page.access & rights_of(gpte) & ~(0 if self._has(page, gpte, DIRTY) else W)
         if not role.nx and gpte >> 63:
@@ -460,6 +486,8 @@ class _Audit:
             # Shadow tables are walked by the address, second stages by what the guest makes of it.
             place = address >> 3 + 9 * level & 511 if guest.design == SHADOW else 0
             key = frame << 11 | place << 2 | level
+            if guest.design != SHADOW and key not in self.leaves:
+                key = frame >> 9 << 20 | 2  # a part of a large page
             if rights & ~self.leaves.get(key, 0) or key not in self.leaves:
                 yield Violation(
                     19,

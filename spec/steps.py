@@ -32,11 +32,15 @@ class Slot(NamedTuple):
 
 
 class GuestPlan(NamedTuple):
-    """A guest at power-on: its processors, its memory slots, and words of its memory by address."""
+    """A guest at power-on: its processors, its memory slots, and words of its memory by address.
+
+    `mergeable` are the pages of its backing that same-page merging may share.
+    """
 
     vcpus: tuple[Cpu, ...]
     slots: dict[int, Slot]
     image: dict[int, Word]
+    mergeable: tuple[int, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -45,7 +49,9 @@ class Plan(NamedTuple):
     `frames` are pages of machine memory. `shadow_pages` is how many pages of tables a guest may
     have before the oldest are reclaimed. `generations` of the memory slots are told apart in what
     is remembered of devices. `host_maxphyaddr` is the real processor's address width,
-    `stage_levels` how many levels its second stage has, if it has one.
+    `stage_levels` how many levels its second stage has, if it has one. With `multihit`, code is not
+    to be fetched from large pages, which hurts some processors; with `zero_pages`, same-page
+    merging lets pages of zeros share one frame, whatever else it does.
     """
 
     guests: tuple[GuestPlan, ...]
@@ -55,6 +61,8 @@ class Plan(NamedTuple):
     generations: int = 1 << 11
     host_maxphyaddr: int = 46
     stage_levels: int = 4
+    multihit: bool = False
+    zero_pages: bool = False
 
     @property
     def has_pdpte_registers(self) -> bool:
@@ -179,12 +187,47 @@ class Evict(NamedTuple):
     vcpu: int
 
 
+class Scan(NamedTuple):
+    """Same-page merging looks at all that it may merge, of every guest, once."""
+
+
+class Unmerge(NamedTuple):
+    """Every page that was merged gets a frame of its own back."""
+
+
+class Collapse(NamedTuple):
+    """Make the 2 MBytes of a guest's backing around a page one huge page, if frames are free."""
+
+    guest: int
+    page: int
+
+
+class Split(NamedTuple):
+    """Make the huge page around a page of a guest's backing 512 pages again, where they are."""
+
+    guest: int
+    page: int
+
+
 class Rest(NamedTuple):
     """Nothing happens."""
 
 
 GuestStep: TypeAlias = Load | Store | Move | Invlpg | Invpcid
-HostStep: TypeAlias = Unmap | Migrate | SetSlot | Log | Harvest | Reclaim | Evict | Rest
+HostStep: TypeAlias = (
+    Unmap
+    | Migrate
+    | SetSlot
+    | Log
+    | Harvest
+    | Reclaim
+    | Evict
+    | Scan
+    | Unmerge
+    | Collapse
+    | Split
+    | Rest
+)
 Step: TypeAlias = GuestStep | HostStep
 
 
