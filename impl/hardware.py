@@ -94,11 +94,12 @@ class Frames:
                 return first
         return None
 
-    def give(self, frame: int) -> None:
-        """Free a frame, and clear it."""
+    def give(self, frame: int, blank: bool = False) -> None:
+        """Free a frame, and clear it, unless it is known to be `blank`."""
         if self.on_free is not None:
             self.on_free(frame)
-        self.ram.clear(frame)
+        if not blank:
+            self.ram.clear(frame)
         self.free_list.append(frame)
 
 

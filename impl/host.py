@@ -80,15 +80,15 @@ class Backing:
         self.leave(page)
         self.frame[page] = target
 
-    def leave(self, page: int) -> None:
-        """Let a page, which nothing maps any more, use its frame no longer."""
+    def leave(self, page: int, blank: bool = False) -> None:
+        """Let a page that nothing maps use its frame no longer, a `blank` one or not."""
         frame = self.frame.pop(page)
         if page in self.readonly:
             self.readonly.discard(page)
             assert self.merger is not None
             self.merger.left(frame, self, page)
         else:
-            self.frames.give(frame)
+            self.frames.give(frame, blank)
 
     def written(self, page: int) -> None:
         """The page was written: the copy of it, if there is one, is out of date."""
@@ -147,11 +147,14 @@ class Backing:
         if run is None:
             return False
         ram = self.frames.ram
+        filled = {index >> 9 for index in ram}
         for each, target in zip(pages, range(run, run + BLOCK), strict=True):
             if each in self.frame:
                 self.revoke(each)
-                ram.copy_page(self.frame[each], target)
-                self.leave(each)
+                blank = self.frame[each] not in filled
+                if not blank:
+                    ram.copy_page(self.frame[each], target)
+                self.leave(each, blank)
             for index, word in self.copies.pop(each, {}).items():
                 ram[target << 9 | index] = word
             self.frame[each] = target

@@ -17,6 +17,8 @@ from vapama.spec.steps import (
     SHADOW,
     Collapse,
     GuestPlan,
+    Harvest,
+    Invlpg,
     Load,
     Log,
     Migrate,
@@ -171,17 +173,35 @@ SCOPES: tuple[tuple[tuple[Step, ...], tuple[Step, ...]], ...] = (
             Store(0, 0, Access(DIRECTORY << 12 | 1 << 3, 1), BLOCK << 12 | USED),
             Load(0, 0, Access(1 << 21)),
             Store(0, 1, Access(WINDOW, 1, user=1), 9 << 12 | USED),
-            Log(0, 3, True),
-            Log(0, 3, False),
-            Store(0, 0, Access(WINDOW | 1 << 12, 1), 0x2222),
+            Collapse(0, BLOCK),
+            Invlpg(0, 0, 1 << 21),
+            Unmap(0, BLOCK),
             Scan(),
+            Split(0, BLOCK),
+        ),
+    ),
+    (
+        (
+            Collapse(0, BLOCK),
+            Log(0, 3, True),
+            Store(0, 1, Access(WINDOW, 1, user=1), 0x7777),
+        ),
+        (
+            Log(0, 3, False),
+            Log(0, 3, True),
+            Harvest(0, 3),
+            Store(0, 0, Access(WINDOW | 1 << 12, 1), 0x2222),
+            Store(0, 1, Access(WINDOW, 1, user=1), 0x7777),
+            Load(0, 1, Access(WINDOW | 1 << 12, fetch=1)),
+            Collapse(0, BLOCK),
             Split(0, BLOCK),
         ),
     ),
 )
 """Scopes so small that all programs of a few of their steps can be run, each with the steps before
 them. In one, two guests with equal pages write and read them while the host merges, collapses,
-splits and migrates. In the other a huge page is written, logged and used as a table.
+splits and migrates. In another a huge page is written and used as a table. In the last writes to
+it are logged, or are not any more.
 """
 
 

@@ -337,8 +337,9 @@ class _Audit:
         if guest.multihit and said.rights & X:
             yield Violation(21, "code may be fetched from a large leaf", index)
         if not page.direct:
-            gpte = self.guest_word(page.gfn, index & 511)
-            if gpte is None or not gpte & PAGE_SIZE:
+            role = guest.role_of(page.role)
+            gpte = self.guest_entry(page, index, role)
+            if gpte is None or not gpte & PAGE_SIZE or not role.page_size:
                 yield Violation(21, "a large leaf maps a smaller page of the guest's", index)
 
     def _shadow_leaf(
@@ -359,7 +360,10 @@ class _Audit:
         if gpte is None or not gpte & PRESENT or not self._has(page, gpte, ACCESSED):
             yield Violation(8, "a leaf stands for an entry that translates nothing", index)
             return
-        if (gpte >> 12 & FRAME >> 12) & ~((1 << 9 * (page.level - 1)) - 1) != gfn:
+        named = gpte >> 12 & FRAME >> 12
+        if page.level > 1:
+            named = first_frame(page.level, index, gpte, role)
+        if named != gfn:
             yield Violation(8, f"a leaf maps {gfn:#x}, and the guest's entry another frame", index)
         given = page.access & rights_of(gpte) & ~(0 if self._has(page, gpte, DIRTY) else W)
         if not role.nx and gpte >> 63:

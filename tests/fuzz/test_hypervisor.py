@@ -42,6 +42,9 @@ FEW = [
     "the-dirty-flag-of-a-page-is-not-waited-for",
     "a-second-stage-entry-goes-without-a-flush",
     "dirty-flags-are-not-collected",
+    "the-hosts-right-to-write-is-not-asked",
+    "a-split-leaves-the-large-entry",
+    "a-table-is-freed-before-the-large-page-is-flushed",
 ]
 
 
