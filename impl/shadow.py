@@ -18,7 +18,6 @@ flags are set as its table is walked; a page that is not dirty is mapped read-on
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
 
 from vapama.impl.guest import (
     EMULATE,

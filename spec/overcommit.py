@@ -12,7 +12,18 @@ from vapama.spec import programs
 from vapama.spec.access import Access
 from vapama.spec.machine import Machine
 from vapama.spec.paging import EXECUTE_DISABLE, PAGE_SIZE, PRESENT, USER
-from vapama.spec.programs import DIRECTORY, HIGH, LOW, MAIN, OPEN, PAGES, ROM, ROOT, USED
+from vapama.spec.programs import (
+    DIRECTORY,
+    DIRECTORY_32,
+    HIGH,
+    LOW,
+    MAIN,
+    OPEN,
+    PAGES,
+    ROOT,
+    TABLE_32,
+    USED,
+)
 from vapama.spec.steps import (
     SHADOW,
     Collapse,
@@ -35,19 +46,19 @@ from vapama.spec.steps import (
 from vapama.spec.words import Word
 
 BLOCK = 512
-BIG = Slot(BLOCK, BLOCK, BLOCK)
+BIG = Slot(2 * BLOCK, BLOCK, BLOCK)
 """Guest frames and pages of the backing that differ by a multiple of 2 MBytes."""
-SHIFTED = Slot(2 * BLOCK, 2 * BLOCK, BLOCK + 4)
-RAGGED = Slot(2 * BLOCK + 4, BLOCK, BLOCK + 4)
+SHIFTED = Slot(4 * BLOCK, 2 * BLOCK, BLOCK + 4)
+RAGGED = Slot(4 * BLOCK + 4, BLOCK, BLOCK + 4)
 """The same pages at guest frames that do not go with them; and that do, but cut at its edges."""
-ELSEWHERE = Slot(5 * BLOCK, BLOCK, BLOCK)
-WINDOWS = (4, 5, 6, 7)
+ELSEWHERE = Slot(7 * BLOCK, BLOCK, BLOCK)
+WINDOWS = (5, 6, 7, 8)
 """Entries of the page directory that map `BIG` to do all, the other slot, `BIG` to read, and for
 the supervisor, without code."""
 TABLES = (1, 3)
 """Entries of the page directory that may come to lead to a table in one of those pages."""
-SMALL = 22
-"""From this entry on, the guest's table `LOW` maps some of those pages one by one."""
+SMALL = 40
+"""From this entry on, the guest's lowest table maps some of those pages one by one."""
 NEAR = (0, 1, 2, 3, 4, 5, 255, 511)
 """The pages, counted in a window, that programs are about."""
 FRAMES = 6 * BLOCK
@@ -56,44 +67,52 @@ WORDS = (8 << 12 | USED, 0x2222, 8 << 12 | USED, 0)
 MERGEABLE = (*range(PAGES), PAGES, PAGES + 1, *(BLOCK + page for page in NEAR))
 
 
+@cache
 def image() -> dict[int, Word]:
     """The memory that a guest begins with, by guest-physical address."""
-    words = programs.image()
-    directory = DIRECTORY << 12
+    words = dict(programs.image())
+
+    def put(table: int, index: int, entry: Word) -> None:
+        words[table << 12 | index << 3] = entry
+
+    def put_half(table: int, index: int, entry: Word) -> None:
+        where, shift = table << 12 | index >> 1 << 3, (index & 1) * 32
+        words[where] = words.get(where, 0) & ~(0xFFFF_FFFF << shift) | entry << shift
+
     for window, entry in zip(
         WINDOWS,
         (
-            BLOCK << 12 | OPEN,
-            2 * BLOCK << 12 | OPEN,
-            BLOCK << 12 | PRESENT | USER,
-            BLOCK << 12 | (OPEN & ~USER) | EXECUTE_DISABLE,
+            BIG.gfn << 12 | OPEN,
+            SHIFTED.gfn << 12 | OPEN,
+            BIG.gfn << 12 | PRESENT | USER,
+            BIG.gfn << 12 | (OPEN & ~USER),
         ),
         strict=True,
     ):
-        words[directory | window << 3] = entry | PAGE_SIZE
+        no_code = EXECUTE_DISABLE * (window == WINDOWS[-1])
+        put(DIRECTORY, window, entry | PAGE_SIZE | no_code)
+        put_half(DIRECTORY_32, window, entry | PAGE_SIZE)
     for i in range(8):
-        words[LOW << 12 | SMALL + i << 3] = BLOCK + NEAR[i] << 12 | OPEN
+        put(LOW, SMALL + i, BIG.gfn + NEAR[i] << 12 | OPEN)
+        put_half(TABLE_32, SMALL + i, BIG.gfn + NEAR[i] << 12 | OPEN)
     for i in range(4):
-        words[BLOCK + i << 12] = WORDS[i]
+        put(BIG.gfn + i, 0, WORDS[i])
     return words
 
 
 def plan(style: Word, design: str = SHADOW) -> Plan:
-    """A machine of two guests with equal words. Of `style`, bit 29 is the slot besides `BIG`, bit
-    30 whether code may come from large pages, bit 31 whether there is a frame of zeros; the others
+    """A machine of two guests with equal words. Of `style`, bit 37 is the slot besides `BIG`, bit
+    38 whether code may come from large pages, bit 39 whether there is a frame of zeros; the others
     are for `programs.plan`.
     """
-    other = RAGGED if style >> 29 & 1 else SHIFTED
-    guest = GuestPlan(
-        (programs.cpu(style),) * 2, {0: MAIN, 1: other, 2: ROM, 3: BIG}, image(), MERGEABLE
-    )
-    return Plan(
-        (guest,) * 2,
-        design,
+    machine = programs.plan(style, design)
+    slots = {**machine.guests[0].slots, 3: BIG, 4: RAGGED if style >> 37 & 1 else SHIFTED}
+    guest = machine.guests[0]._replace(slots=slots, image=image(), mergeable=MERGEABLE)
+    return machine._replace(
+        guests=(guest,) * 2,
         frames=FRAMES,
-        generations=4,
-        multihit=bool(style >> 30 & 1),
-        zero_pages=bool(style >> 31 & 1),
+        multihit=bool(style >> 38 & 1),
+        zero_pages=bool(style >> 39 & 1),
     )
 
 
@@ -119,9 +138,10 @@ def decode(raw: Word, machine: Machine, style: Word = 0) -> Step:
     if how == 7:
         slots = (None, BIG, ELSEWHERE, BIG)
         return SetSlot(guest, 3, slots[rest >> 3 & 3])
-    address, user = _address(rest), rest >> 12 & 1
+    mode = programs.paging(machine.guests[guest].processors[vcpu].cpu)
+    address, user = _address(rest, mode), rest >> 12 & 1
     if how == 8:  # a page of the huge one becomes a table
-        entry = BLOCK + NEAR[rest >> 3 & 3] << 12 | USED
+        entry = BIG.gfn + NEAR[rest >> 3 & 3] << 12 | USED
         return Store(guest, vcpu, Access(DIRECTORY << 12 | TABLES[rest & 1] << 3, 1), entry)
     if how < 12:
         return Load(guest, vcpu, Access(address, user=user, fetch=flag_of(rest)))
@@ -140,16 +160,19 @@ def _page(rest: int) -> int:
     return (LOW, HIGH, DIRECTORY, ROOT, 8, 9, 10, 11)[rest >> 3 & 7]
 
 
-def _address(rest: int) -> Word:
+def _address(rest: int, mode: int) -> Word:
     """A linear address of one of those pages, in one of the windows or by a small page."""
     near, word = rest >> 3 & 7, (rest >> 6 & 1) << 3
+    shift = 22 if mode == programs.LEGACY else 21
+    if mode == programs.OFF:
+        return (BIG, SHIFTED)[rest & 1].gfn + NEAR[near] << 12 | word
     if rest & 7 < 4:
-        return WINDOWS[rest & 3] << 21 | NEAR[near] << 12 | word
+        return WINDOWS[rest & 3] << shift | NEAR[near] << 12 | word
     if rest & 7 < 6:
         return SMALL + near << 12 | word
     if rest & 7 < 7:
-        return 2 << 21 | 8 + near << 12 | word
-    return TABLES[near & 1] << 21 | near >> 2 << 12 | word
+        return (1 if mode == programs.LEGACY else 2) << shift | 8 + near << 12 | word
+    return TABLES[near & 1] << shift | near >> 2 << 12 | word
 
 
 WINDOW = WINDOWS[0] << 21
@@ -170,7 +193,7 @@ SCOPES: tuple[tuple[tuple[Step, ...], tuple[Step, ...]], ...] = (
     (
         (Collapse(0, BLOCK), Store(0, 0, Access(WINDOW, 1, user=1), WORDS[0])),
         (
-            Store(0, 0, Access(DIRECTORY << 12 | 1 << 3, 1), BLOCK << 12 | USED),
+            Store(0, 0, Access(DIRECTORY << 12 | 1 << 3, 1), BIG.gfn << 12 | USED),
             Load(0, 0, Access(1 << 21)),
             Store(0, 1, Access(WINDOW, 1, user=1), 9 << 12 | USED),
             Collapse(0, BLOCK),
@@ -211,7 +234,7 @@ def small_plan(design: str) -> Plan:
     kept = {ROOT << 12, programs.POINTERS << 12, DIRECTORY << 12, DIRECTORY << 12 | WINDOWS[0] << 3}
     kept |= {LOW << 12 | gfn << 3 for gfn in (DIRECTORY, 8, 9)}
     words = {address: word for address, word in image().items() if address in kept}
-    words |= dict.fromkeys((BLOCK << 12, BLOCK + 2 << 12), 0x1111)
+    words |= dict.fromkeys((BIG.gfn << 12, BIG.gfn + 2 << 12), 0x1111)
     guest = GuestPlan(
         (programs.cpu(),) * 2, {0: MAIN, 3: BIG}, words, (BLOCK, BLOCK + 1, BLOCK + 2)
     )

@@ -16,7 +16,7 @@ from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.steps import Harvest, Harvested, Log, Plan, Scan, Seen, Step, Store, Stored
 from vapama.spec.words import Word
 
-STYLE = Domain(free=(1 << 32) - 1, scope=(0x8864,))
+STYLE = Domain(free=(1 << 40) - 1, scope=(0x8864,))
 """What a program has in mind, and the host; see `overcommit.plan`."""
 STEP = Domain(scope=(0x8000_0000_0000_0000, 0x8000_0000_0000_0003, 0x8000_0000_0000_000C))
 """A step; see `overcommit.decode`. In the scope: a scan, a huge page, a store."""
@@ -151,11 +151,11 @@ def a_dirty_log_names_the_pages_of_a_huge_one(nondet: Nondet, subject: Any) -> N
     for machine, step, seen in program(nondet, style, plan, hypervisor):
         if isinstance(step, Scan):
             logged ^= 1
-            for guest, slot in ((0, 1), (0, 3), (1, 1), (1, 3)):
+            for guest, slot in ((0, 3), (0, 4), (1, 3), (1, 4)):
                 log = Log(guest, slot, bool(logged))
                 machine.check(log, hypervisor.do(log), hypervisor.word)
         if isinstance(step, Store) and isinstance(seen, Stored):
-            for slot in (1, 3):
+            for slot in (3, 4):
                 harvest = Harvest(step.guest, slot)
                 gathered = hypervisor.do(harvest)
                 if isinstance(gathered, Harvested) and gathered.gfns:
