@@ -129,6 +129,10 @@ class _CopyFinder(MetaPathFinder, Loader):
             spec.submodule_search_locations = found.submodule_search_locations
         return spec
 
+    def get_source(self, fullname: str) -> str:
+        """The source of a module of this copy."""
+        return self.source if fullname == self.patched else _source(fullname)
+
     def exec_module(self, module: types.ModuleType) -> None:
         """Run its code, which claims no file: numba must not keep machine code of a copy."""
         name = module.__name__

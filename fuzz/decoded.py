@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
 from random import Random
-from struct import unpack
+from struct import Struct
+from typing import Any
 
 from vapama.runs import Concrete, DrawName, recorded
-from vapama.spec.domains import Domain, Take, narrowed
+from vapama.spec.domains import ESCAPE, Domain, Take, narrowed
 from vapama.spec.nondet import Reject
 
 
@@ -54,20 +55,26 @@ class Group:
     """Several draws decoded together: their names, and a decoder.
 
     The decoder is one expression made for the group, as `collections.namedtuple` makes its
-    constructors: a call for each draw would cost more than the rest of a run.
+    constructors, that says what `Domain.decode` does: a call for each draw would cost more than the
+    rest of a run.
     """
 
     def __init__(self, draws: Sequence[tuple[str, Domain]], narrow: Mapping[str, Domain]) -> None:
         self.made_of = draws, narrow  # kept alive: their ids are this group's key
         self.names = tuple(name for name, _ in draws)
-        parts, known = [], {}
+        parts: list[str] = []
+        known: dict[str, Any] = {}
         for i, (name, domain) in enumerate(draws):
             less = narrowed(domain, narrow.get(name))
-            if less.among or less.bias is not None:
-                known[f"decode{i}"] = less.decode
-                parts.append(f"decode{i}(take)")
+            plain = f"take() & {less.free}" + (f" | {less.fixed}" if less.fixed else "")
+            if less.among:
+                known[f"among{i}"] = less.among
+                parts.append(f"among{i}[take() % {len(less.among)}]")
+            elif less.bias is not None:
+                known[f"bias{i}"] = less.bias
+                parts.append(f"bias{i}(raw) if (raw := take()) & 0xFF != {ESCAPE} else {plain}")
             else:
-                parts.append(f"{less.fixed} | take() & {less.free}")
+                parts.append(plain)
         self.decode: Callable[[Take], tuple[int, ...]] = eval(
             f"lambda take: ({', '.join(parts)},)", known
         )
@@ -98,25 +105,25 @@ class ByteDraws(Decoded):
         """Begin another run, on this input."""
         self.trail.clear()
         count = len(data) + 7 >> 3
-        raw = unpack(FORMATS[count], data.ljust(count << 3, b"\0"))
+        raw = UNPACK[count](data.ljust(count << 3, b"\0"))
         self.take = chain(raw, repeat(0)).__next__
 
 
-class Formats(dict[int, str]):
-    """How `unpack` reads so many words, made when first asked for."""
+class Unpack(dict[int, Callable[[bytes], tuple[int, ...]]]):
+    """What takes bytes apart into so many words, made when first asked for."""
 
-    def __missing__(self, count: int) -> str:
+    def __missing__(self, count: int) -> Callable[[bytes], tuple[int, ...]]:
         """So many little-endian words of 8 bytes."""
-        self[count] = text = f"<{count}Q"
-        return text
+        self[count] = unpack = Struct(f"<{count}Q").unpack
+        return unpack
 
 
-FORMATS = Formats()
+UNPACK = Unpack()
 
 
 def picked(data: bytes, count: int) -> int:
     """Which of `count` invariants a fuzzer's input is for: always the same, evenly spread."""
-    return zlib.crc32(data) % count
+    return zlib.crc32(data) % count if count > 1 else 0
 
 
 def addressed(data: bytes, which: int, count: int) -> bytes:

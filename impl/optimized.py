@@ -62,19 +62,15 @@ Refused: TypeAlias = GeneralProtection | OutsideMemory
 
 def access_word(access: Access) -> int:
     """An access as the kernels take it."""
-    word = access.implicit | access.write << 1 | access.user << 2 | access.fetch << 4
-    return word | access.shadow_stack << 6
+    _, write, fetch, user, implicit, shadow_stack = access
+    return implicit | write << 1 | user << 2 | fetch << 4 | shadow_stack << 6
 
 
 def controls(cpu: Cpu) -> tuple[Word, Word, Word, Word, Word]:
     """What the kernels of long mode need of the control state: mode, reserved, cr3, pkru, pkrs."""
-    return (
-        long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb),
-        long_mode.reserved_word(cpu.efer, cpu.maxphyaddr),
-        cpu.cr3,
-        cpu.pkru,
-        cpu.pkrs,
-    )
+    cr0, cr3, cr4, efer, rflags, pkru, pkrs, page1gb, maxphyaddr, *_ = cpu
+    mode = long_mode.mode_word(cr0, cr4, efer, rflags, page1gb)
+    return mode, long_mode.reserved_word(efer, maxphyaddr), cr3, pkru, pkrs
 
 
 def legacy_controls(cpu: Cpu, pdptes: T) -> tuple[Word, Word, Word, T]:

@@ -108,7 +108,7 @@ class Cpu(Registers):
     @property
     def long_mode(self) -> Flag:
         """EFER.LMA: 4-level or 5-level paging."""
-        return bit(self.efer, 10)
+        return self.efer >> 10 & 1
 
     @property
     def levels(self) -> int:
@@ -118,32 +118,32 @@ class Cpu(Registers):
     @property
     def wp(self) -> Flag:
         """CR0.WP: supervisor writes respect read-only pages."""
-        return bit(self.cr0, 16)
+        return self.cr0 >> 16 & 1
 
     @property
     def smep(self) -> Flag:
         """CR4.SMEP: the supervisor does not execute user pages."""
-        return bit(self.cr4, 20)
+        return self.cr4 >> 20 & 1
 
     @property
     def smap(self) -> Flag:
         """CR4.SMAP: the supervisor does not touch user pages, unless RFLAGS.AC allows it."""
-        return bit(self.cr4, 21)
+        return self.cr4 >> 21 & 1
 
     @property
     def pke(self) -> Flag:
         """CR4.PKE: PKRU governs data accesses to user pages."""
-        return bit(self.cr4, 22)
+        return self.cr4 >> 22 & 1
 
     @property
     def pks(self) -> Flag:
         """CR4.PKS: IA32_PKRS governs data accesses to supervisor pages."""
-        return bit(self.cr4, 24)
+        return self.cr4 >> 24 & 1
 
     @property
     def cet(self) -> Flag:
         """CR4.CET: there are shadow-stack pages, and accesses to shadow stacks."""
-        return bit(self.cr4, 23)
+        return self.cr4 >> 23 & 1
 
     @property
     def masks(self) -> Word:
@@ -153,12 +153,12 @@ class Cpu(Registers):
     @property
     def nxe(self) -> Flag:
         """EFER.NXE: bit 63 of an entry forbids execution; without it the bit is reserved."""
-        return bit(self.efer, 11)
+        return self.efer >> 11 & 1
 
     @property
     def ac(self) -> Flag:
         """RFLAGS.AC: lifts SMAP for explicit supervisor accesses."""
-        return bit(self.rflags, 18)
+        return self.rflags >> 18 & 1
 
 
 def require_possible(cpu: Registers) -> None:

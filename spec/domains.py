@@ -133,7 +133,7 @@ def entry_of(raw: int) -> Word:
     how = raw & 0xFF
     if how < 6:
         return 0 if how < 3 else raw & ~1
-    entry = (raw >> 8 & 0xF7E) | 1 | (raw >> 20 & 0xF) << 12 | (raw >> 24 & 0x7FF) << 52
+    entry = raw >> 8 & 0xFF7E | 1 | raw << 28 & 0x7FF << 52
     if how & 3:
         entry |= 6
     if how & 0x1C == 0x08:
@@ -195,7 +195,7 @@ def ept_entry_of(raw: int) -> Word:
     how = raw & 0xFF
     if how < 6:
         return 0 if how < 3 else raw & ~0x407
-    entry = (raw >> 8 & 0xF00) | (raw >> 20 & 0xF) << 12 | (raw >> 24 & 0xFFF) << 52
+    entry = raw >> 8 & 0xFF00 | raw << 28 & 0xFFF << 52
     entry |= (7, 7, 7, 7, 5, 3, 1, raw >> 8 & 7)[how & 7]
     if how & 0x38 == 0x08:
         entry ^= (raw >> 20 & 0xF) << 12

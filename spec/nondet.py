@@ -89,10 +89,10 @@ class Nondet(ABC):
         """
         if states:
             return self._cpu_of(states)[0]
-        maxphyaddr, cr0, cr3, *others = self.words(CPU_DRAWS)
+        maxphyaddr, cr0, cr3, cr4, efer, rflags, pkru, pkrs, page1gb = self.words(CPU_DRAWS)
         cr3 = cr3 & low_bits(maxphyaddr)
         # The domains hold nothing impossible (a test says so), so the check is not paid each time.
-        return Cpu._make((cr0, cr3, *others, maxphyaddr, 1, None))
+        return Cpu._make((cr0, cr3, cr4, efer, rflags, pkru, pkrs, page1gb, maxphyaddr, 1, None))
 
     def walk(self, *states: "ControlStates") -> tuple[Cpu, Memory, Access]:
         """Any control state of these kinds, any memory (named `guest`), any access to any linear

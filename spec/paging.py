@@ -96,19 +96,20 @@ def translate(cpu: Cpu, memory: Memory, access: Access) -> Outcome:
     allowed, forbidden = WRITABLE | USER, 0
     used: tuple[Update, ...] = ()
     for level in mode.levels:
-        where = table | (address >> level.shift & level.mask) << scale
+        number, shift, mask, large, must_be_zero, _ = level
+        where = table | (address >> shift & mask) << scale
         if where >= memory.limit:
             return OutsideMemory(where, used)
         entry = load(where)
         if entry & PRESENT == 0:
             return PageFault(code, used)
-        must_be_zero = reserved | level.reserved
-        if entry & level.large != 0:
+        must_be_zero = must_be_zero | reserved
+        if entry & large != 0:
             must_be_zero = must_be_zero | reserved_in_large_page(cpu, level)
         if entry & must_be_zero != 0:
             return PageFault(code | P | RSVD, used)
         forbidden = forbidden | entry
-        if level.number == 1 or entry & level.large != 0:
+        if number == 1 or entry & large != 0:
             break
         allowed = allowed & entry
         used = (*used, update(where, ACCESSED))

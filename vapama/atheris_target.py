@@ -10,12 +10,12 @@ import json
 import os
 import sys
 import time
-import types
 from collections import Counter
 from typing import Any
 
 import atheris
 
+from vapama.fuzz import branches
 from vapama.fuzz.decoded import ByteDraws, picked
 from vapama.runs import KnownDeparture, attempt
 from vapama.spec import paging
@@ -36,7 +36,7 @@ class Target:
         # they are Python, else the reference, which branches on the same things.
         kernels = getattr(self.subject.subject, "kernels", ())
         for module in kernels if self.subject.capabilities.symbolic and kernels else (paging,):
-            _instrument(module)
+            branches.instrument(module)
         self.invariants = [registry[name] for name in job["invariants"]]
         self.nondet = ByteDraws(narrow=self.subject.capabilities.narrow)
         self.out = open(job["out"], "a", buffering=1)  # noqa: SIM115  (until the process ends)
@@ -96,21 +96,11 @@ class Target:
         self.out.write(json.dumps(event) + "\n")
 
 
-def _instrument(module: object) -> None:
-    """Make libFuzzer see the branches and comparisons of a module's functions.
-
-    Function by function and in place: instrumenting imports would take in every module of the
-    package, the decoder too, and cost half of the speed.
-    """
-    for function in vars(module).values():
-        if isinstance(function, types.FunctionType) and not function.__closure__:
-            atheris.instrument_func(function)
-
-
 def main() -> None:
     """Fuzz until libFuzzer ends the process."""
     target = Target(json.loads(sys.argv[1]))
     atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
+    branches.register()
     atheris.Fuzz()
 
 

@@ -7,9 +7,11 @@ its models here before it reports them.
 import linecache
 import re
 import signal
+import time
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple, TypeVar, get_args
 
 from vapama.case import Case, make_case
@@ -96,7 +98,8 @@ class Concrete(Nondet):
         entries: Domain = domains.ENTRY,
     ) -> Memory:
         """A memory drawn entry by entry."""
-        memory = LazyMemory(self, name, self.word(f"{name}.limit", domains.LIMIT), entries)
+        (limit,) = self.words(_limit_draw(name))
+        memory = LazyMemory(self, name, limit, entries)
         for address, value in given:
             self.assume(address < memory.limit)
             memory[address] = value
@@ -124,6 +127,12 @@ class Concrete(Nondet):
             else:
                 spelled_out.append((spelled(name), value))
         return spelled_out
+
+
+@cache
+def _limit_draw(memory: str) -> tuple[tuple[str, Domain]]:
+    """The draw of a memory's size, as an object that is always the same."""
+    return ((f"{memory}.limit", domains.LIMIT),)
 
 
 class Replay(Concrete):
@@ -405,10 +414,12 @@ def _assertion(error: AssertionError) -> str:
 
 @contextmanager
 def hang_guard(seconds: float) -> Iterator[Callable[..., None]]:
-    """Raise `SubjectHung` in this thread when `seconds` pass between calls of what it yields.
+    """Raise `SubjectHung` in this thread when `seconds` pass between calls of what it yields, or
+    nearly so many: setting the clock costs more than most of what is called meanwhile.
 
     A call with `paused` true stops the clock until the next call.
     """
+    last = 0.0
 
     def alarm(signum: int, frame: object) -> None:
         raise SubjectHung(f"the subject hung: no result within {seconds:g} s")
@@ -416,7 +427,11 @@ def hang_guard(seconds: float) -> Iterator[Callable[..., None]]:
     before = signal.signal(signal.SIGALRM, alarm)
 
     def restart(paused: bool = False) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0 if paused else seconds)
+        nonlocal last
+        now = time.monotonic()
+        if paused or now - last > seconds / 20:
+            signal.setitimer(signal.ITIMER_REAL, 0 if paused else seconds)
+            last = 0.0 if paused else now
 
     restart()
     try:
