@@ -15,6 +15,7 @@ from typing import Any
 NAME = "__branches__"
 """The global by which instrumented functions find their counters."""
 MOST = 1 << 14
+SIDE, ROUND = "{0}[{1}] = 1", "{0}[{1}] = {0}[{1}] + 1 & 255"
 COUNTERS = bytearray(MOST)
 """Whether a run came by a side of a branch; of a loop how often it went round, modulo 256."""
 PLACES = (ctypes.c_size_t * (2 * MOST))(*range(1, 2 * MOST + 1))
@@ -30,17 +31,21 @@ class Marked(ast.NodeTransformer):
     def visit_If(self, node: ast.If) -> ast.If:
         """Both sides, the empty one too."""
         self.generic_visit(node)
-        node.body.insert(0, self._mark("{0}[{1}] = 1"))
-        node.orelse.insert(0, self._mark("{0}[{1}] = 1"))
+        node.body.insert(0, self._mark(SIDE))
+        node.orelse.insert(0, self._mark(SIDE))
         return node
 
-    def visit_loop(self, node: Any) -> Any:
+    def visit_While(self, node: ast.While) -> ast.While:
         """The rounds of a loop."""
         self.generic_visit(node)
-        node.body.insert(0, self._mark("{0}[{1}] = {0}[{1}] + 1 & 255"))
+        node.body.insert(0, self._mark(ROUND))
         return node
 
-    visit_While = visit_For = visit_loop
+    def visit_For(self, node: ast.For) -> ast.For:
+        """The same."""
+        self.generic_visit(node)
+        node.body.insert(0, self._mark(ROUND))
+        return node
 
     def _mark(self, statement: str) -> ast.stmt:
         Marked.used += 1
