@@ -40,20 +40,19 @@ def translate(ept: Ept, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
     """The outcome of `access` by a fresh walk of the EPT structures. Source: 31.3.2, 31.3.3.3."""
     # WIDTH
     gpa, levels = access.address, ept.levels
-    described, undefined = description(ept, access), undefined_bits(ept, access)
     if gpa >> address_width(levels) != 0:
-        return EptViolation(described, gpa, open_bits=undefined)
+        return violation(ept, access)
 
     # WALK
-    table, rights = ept.eptp & FRAME, RIGHTS
+    table, rights, present = ept.eptp & FRAME, RIGHTS, present_bits(ept)
     used: tuple[Update, ...] = ()
     for level in range(levels, 0, -1):
         address = entry_address(table, gpa, level)
         if address >= memory.limit:
             return OutsideMemory(address, flags(ept, used))
         entry = memory.load(address)
-        if entry & present_bits(ept) == 0:
-            return EptViolation(described, gpa, flags(ept, used), undefined)
+        if entry & present == 0:
+            return violation(ept, access, used)
         if is_misconfigured(ept, entry, level):
             return EptMisconfiguration(gpa, flags(ept, used))
         rights = rights & entry
@@ -65,14 +64,24 @@ def translate(ept: Ept, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
     # RIGHTS
     if is_denied(ept, access, rights):
         used = (*used, Update(address, ACCESSED))
-        described = described | described_rights(ept, rights)
-        return EptViolation(described, gpa, flags(ept, used), undefined)
+        return violation(ept, access, used, rights)
 
     # TRANSLATION
     offset = page_offset(level)
     page = entry & FRAME & ~offset
     leaf = Update(address, ACCESSED | writes(ept, access) * DIRTY)
     return Translated(page | gpa & offset, level, flags(ept, (*used, leaf)))
+
+
+def violation(
+    ept: Ept, access: GuestPhysicalAccess, used: tuple[Update, ...] = (), rights: Word = 0
+) -> EptViolation:
+    """The violation of an access that used these entries; `rights` are the AND of them, 0 if one
+    was not present.
+    """
+    qualification = description(ept, access) | described_rights(ept, rights)
+    undefined = undefined_bits(ept, access)
+    return EptViolation(qualification, access.address, flags(ept, used), undefined)
 
 
 def flags(ept: Ept, used: tuple[Update, ...]) -> tuple[Update, ...]:
@@ -112,8 +121,8 @@ def rights_conflict(ept: Ept, entry: Word) -> Flag:
     """1 if an entry forbids reads and yet allows writes, or fetches where execute-only entries do
     not exist. Source: 31.3.3.1.
     """
-    unreadable, writable = bit(entry, 0) ^ 1, bit(entry, 1)
-    executable = bit(entry, 2) | ept.mbec & bit(entry, 10)
+    unreadable, writable = entry & 1 ^ 1, entry >> 1 & 1
+    executable = entry >> 2 & 1 | ept.mbec & entry >> 10
     return unreadable & (writable | executable & (ept.execute_only ^ 1))
 
 

@@ -48,7 +48,8 @@ def translate(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Outcome
         return stopped.outcome
     entries = entries_with_flags(cpu, guest)
     if isinstance(outcome, PageFault):
-        return replace(outcome, may_update=guest.flags + in_host(entries, outcome.may_update))
+        may_update = guest.flags + in_host(entries, outcome.may_update)
+        return PageFault(outcome.error_code, may_update, outcome.open_bits)
     if not isinstance(outcome, Translated):
         return outcome
 

@@ -329,8 +329,8 @@ def page_offset(level: int, mode: Mode = FIVE_LEVEL) -> Word:
 
 def entry_address(table: Word, address: Word, level: int, mode: Mode = FIVE_LEVEL) -> Word:
     """Where `table` holds the entry that a walk for linear `address` uses at `level`."""
-    _, shift, mask, *_ = mode.level(level)
-    return table | (address >> shift & mask) << mode.scale
+    this = mode.level(level)
+    return table | (address >> this.shift & this.mask) << mode.scale
 
 
 def maps_a_page(entry: Word, level: int, mode: Mode = FIVE_LEVEL) -> Condition:
