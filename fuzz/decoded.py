@@ -22,6 +22,10 @@ class Decoded(Concrete):
 
     take: Take
 
+    def __init__(self, narrow: Mapping[str, Domain] | None = None) -> None:
+        super().__init__(narrow)
+        self.groups = GROUPS.setdefault(id(self.narrow), {})
+
     def draw(self, name: DrawName, domain: Domain) -> int:
         """A value decoded by the domain."""
         return domain.decode(self.take)
@@ -34,12 +38,11 @@ class Decoded(Concrete):
 
     def words(self, draws: Sequence[tuple[str, Domain]]) -> Sequence[int]:
         """Words decoded together."""
-        key = id(draws), id(self.narrow)
-        group = GROUPS.get(key)
+        group = self.groups.get(id(draws))
         if group is None:
-            if len(GROUPS) == MOST_GROUPS:
+            if len(self.groups) == MOST_GROUPS:
                 return super().words(draws)
-            group = GROUPS[key] = Group(draws, self.narrow)
+            group = self.groups[id(draws)] = Group(draws, self.narrow)
         values = group.decode(self.take)
         self.trail.append((group.names, values))
         return values
@@ -80,9 +83,9 @@ class Group:
         )
 
 
-GROUPS: dict[tuple[int, int], Group] = {}
-"""By the ids of draws and narrowing, which the groups keep alive; at most `MOST_GROUPS`, so that
-draws made anew for each run are decoded one by one."""
+GROUPS: dict[int, dict[int, Group]] = {}
+"""By the ids of narrowing and draws, which the groups keep alive; for each narrowing at most
+`MOST_GROUPS`, so that draws made anew for each run are decoded one by one."""
 MOST_GROUPS = 64
 
 

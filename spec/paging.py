@@ -265,13 +265,13 @@ def denied_by_rights(
 
     `user_page` and `writable` are the AND of U/S and R/W over the walk, `no_execute` the OR of XD.
     """
-    user, supervisor = access.user, access.user ^ 1
-    data = access.fetch ^ 1
-    exempt = cpu.ac & (access.implicit ^ 1)
+    _, write, fetch, user, implicit, _ = access
+    supervisor, data = user ^ 1, fetch ^ 1
+    exempt = cpu.ac & (implicit ^ 1)
     denied = user & (user_page ^ 1)
-    denied = denied | access.write & (writable ^ 1) & (user | cpu.wp)
-    denied = denied | access.fetch & no_execute
-    denied = denied | supervisor & user_page & access.fetch & cpu.smep
+    denied = denied | write & (writable ^ 1) & (user | cpu.wp)
+    denied = denied | fetch & no_execute
+    denied = denied | supervisor & user_page & fetch & cpu.smep
     return denied | supervisor & user_page & data & cpu.smap & (exempt ^ 1)
 
 
@@ -310,9 +310,9 @@ def access_code(cpu: Cpu, access: Access) -> Word:
 
     I is reported only with CR4.SMEP, or with EFER.NXE where entries have an XD bit.
     """
-    fetch = access.fetch & (cpu.nxe & bit(cpu.cr4, 5) | cpu.smep)
-    shadow_stack = access.shadow_stack & cpu.cet
-    return access.write * W | access.user * U | fetch * I | shadow_stack * SS
+    _, write, fetch, user, _, shadow_stack = access
+    fetch = fetch & (cpu.nxe & cpu.cr4 >> 5 | cpu.smep)
+    return write * W | user * U | fetch * I | (shadow_stack & cpu.cet) * SS
 
 
 def address_width(levels: int) -> int:

@@ -41,6 +41,8 @@ class Target:
         self.nondet = ByteDraws(narrow=self.subject.capabilities.narrow)
         self.out = open(job["out"], "a", buffering=1)  # noqa: SIM115  (until the process ends)
         self.reached: dict[str, set[str]] = {i.name: set() for i in self.invariants}
+        self.targets = [(i, self.reached[i.name]) for i in self.invariants]
+        self.count = len(self.targets)
         self.known: Counter[str] = Counter()
         self.runs = [0] * len(self.invariants)
         self.rejected = [0] * len(self.invariants)
@@ -49,11 +51,11 @@ class Target:
 
     def __call__(self, data: bytes) -> None:
         """Run the invariant that the input picks on what it decodes to."""
-        which = picked(data, len(self.invariants))
-        invariant = self.invariants[which]
+        which = picked(data, self.count)
+        invariant, reached = self.targets[which]
         nondet = self.nondet
         nondet.begin(data)
-        nondet.reached = self.reached[invariant.name]
+        nondet.reached = reached
         self.runs[which] += 1
         self.total += 1
         try:
