@@ -257,41 +257,38 @@ def agree(
     if type(expected) is not type(observed):
         return False
     observes = capabilities.observes
-    match expected, observed:
-        case Translated(), Translated():
-            same = _flags_agree(expected.updates, observed.updates, memory, observes)
-            if PA in observes:
-                same = same & (expected.pa == observed.pa)
-            if LEVEL in observes:
-                same = same & (expected.level == observed.level)
-            return same
-        case PageFault(), PageFault():
-            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
-            if ERROR_CODE in observes:
-                difference = expected.error_code ^ observed.error_code
-                same = same & (difference & ~expected.open_bits == 0)
-            return same
-        case EptViolation(), EptViolation():
-            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
-            if ERROR_CODE in observes:
-                difference = expected.qualification ^ observed.qualification
-                same = same & (difference & ~expected.open_bits == 0)
-            return same & (expected.gpa == observed.gpa)
-        case NestedPageFault(), NestedPageFault():
-            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
-            if ERROR_CODE in observes:
-                difference = expected.exitinfo1 ^ observed.exitinfo1
-                same = same & (difference & ~expected.open_bits == 0)
-            return same & (expected.gpa == observed.gpa)
-        case EptMisconfiguration(), EptMisconfiguration():
-            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
-            return same & (expected.gpa == observed.gpa)
-        case OutsideMemory(), OutsideMemory():
-            same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
-            return same & (expected.address == observed.address)
-        case NonCanonical(), NonCanonical():
-            return True
-    return False
+    if isinstance(expected, Translated) and isinstance(observed, Translated):
+        same = _flags_agree(expected.updates, observed.updates, memory, observes)
+        if PA in observes:
+            same = same & (expected.pa == observed.pa)
+        if LEVEL in observes:
+            same = same & (expected.level == observed.level)
+        return same
+    if isinstance(expected, PageFault) and isinstance(observed, PageFault):
+        same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+        if ERROR_CODE in observes:
+            difference = expected.error_code ^ observed.error_code
+            same = same & (difference & ~expected.open_bits == 0)
+        return same
+    if isinstance(expected, EptViolation) and isinstance(observed, EptViolation):
+        same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+        if ERROR_CODE in observes:
+            difference = expected.qualification ^ observed.qualification
+            same = same & (difference & ~expected.open_bits == 0)
+        return same & (expected.gpa == observed.gpa)
+    if isinstance(expected, NestedPageFault) and isinstance(observed, NestedPageFault):
+        same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+        if ERROR_CODE in observes:
+            difference = expected.exitinfo1 ^ observed.exitinfo1
+            same = same & (difference & ~expected.open_bits == 0)
+        return same & (expected.gpa == observed.gpa)
+    if isinstance(expected, EptMisconfiguration) and isinstance(observed, EptMisconfiguration):
+        same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+        return same & (expected.gpa == observed.gpa)
+    if isinstance(expected, OutsideMemory) and isinstance(observed, OutsideMemory):
+        same = _flags_allowed(expected.may_update, observed.may_update, memory, observes)
+        return same & (expected.address == observed.address)
+    return isinstance(expected, NonCanonical)
 
 
 def alike(first: Outcome, second: Outcome) -> Condition:

@@ -40,18 +40,18 @@ NOT_NARROWED: Mapping[str, Domain] = {}
 class LazyMemory(dict[int, int]):
     """A memory whose entries, by address, are drawn when a walk first reads them."""
 
-    __slots__ = ("domain", "limit", "name", "nondet")
+    __slots__ = ("domain", "entry", "limit", "name")
 
     def __init__(self, nondet: "Concrete", name: str, limit: int, domain: Domain) -> None:
-        self.nondet, self.name, self.limit, self.domain = nondet, name, limit, domain
+        self.entry, self.name, self.limit, self.domain = nondet.entry, name, limit, domain
 
     load = dict.__getitem__
 
     def __missing__(self, address: int) -> int:
         """The entry at `address`, from now on. Raises `OutsideRead`."""
-        if not 0 <= address < self.limit or address & 7:
+        if address & 7 or not 0 <= address < self.limit:
             raise OutsideRead(f"a load at {address:#x}, outside the {self.limit:#x} bytes")
-        value = self[address] = self.nondet.entry(self.name, address, self.domain)
+        value = self[address] = self.entry(self.name, address, self.domain)
         return value
 
 
@@ -380,7 +380,8 @@ class Failure(NamedTuple):
 
 def attempt(invariant: Invariant, nondet: Concrete, subject: Guarded) -> Failure | None:
     """Run the invariant once. Raises `Reject`, `KnownDeparture`."""
-    subject.calls.clear()
+    if subject._keep:
+        subject.calls.clear()
     try:
         invariant.claim(nondet, subject)
     except AssertionError as error:
