@@ -140,7 +140,8 @@ def _print_programs(oracle: str, tally: Any) -> None:
     for name, steps in sorted(tally.known.items()):
         console.print(f"known departure, {name}: {steps:,} steps")
     for found in tally.differences[:10]:
-        console.print(f"[bold red]difference[/]: {escape(found.what)}", soft_wrap=True)
+        again = "" if found.again else " (not seen again)"
+        console.print(f"[bold red]difference[/]{again}: {escape(found.what)}", soft_wrap=True)
         for step in found.program.steps[: found.at + 1]:
             console.print(f"    {step}", soft_wrap=True, markup=False)
     deaths = f", {tally.deaths} times started anew" if tally.deaths else ""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import msgspec
@@ -27,7 +28,7 @@ from vapama.spec.cpu import Cpu
 from vapama.spec.outcomes import Outcome
 from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.words import WORD
-from vapama.verdict import EXIT_HELD, EXIT_UNDECIDED
+from vapama.verdict import EXIT_COUNTEREXAMPLE, EXIT_HELD, EXIT_UNDECIDED
 from vapama.wire import outcome_to_json, state_to_json
 
 app = typer.Typer(
@@ -114,6 +115,9 @@ def _asked(
 ) -> Asked:
     memory = _opened(image, form)
     known = {name: value for name, value in given.items() if value is not None}
+    if not known.keys() & {"eptp", "ncr3"}:
+        for own in memory.registers[processor : processor + 1]:
+            known |= {name: own[name] for name in ("eptp", "ncr3") if name in own}
     stage = answers.second_stage_state(known, known.get("maxphyaddr"), mbec)
     if gpa and stage is None:
         raise BadInput("--gpa is about a second stage: give --eptp or --ncr3")
@@ -274,6 +278,44 @@ def maps(
 HostMaxPhyAddr = Annotated[
     int | None, _register("host-maxphyaddr", "MAXPHYADDR of the hypervisor's tables (52).")
 ]
+
+
+@app.command()
+def capture(
+    file: Annotated[Path, typer.Argument(help="The .npz file to write.")],
+    kind: Annotated[
+        str,
+        typer.Option(help="What is captured: 4-level, 5-level, or nested, a guest of KVM's."),
+    ] = "4-level",
+    json: Json = False,
+) -> None:
+    """Boot a Linux in QEMU, save its page tables with the truth about them, and check those."""
+    from vapama import capture as captures
+    from vapama.oracles.capture import save
+    from vapama.oracles.emulator import CannotStart
+    from vapama.snapshot.truth import check_snapshot, load_snapshot
+
+    if kind not in captures.KINDS:
+        raise BadInput(f"--kind {kind}: give one of {', '.join(captures.KINDS)}")
+    with TemporaryDirectory(prefix="vapama-") as folder, progress() as show:
+        show(f"booting a Linux: {kind}")
+        try:
+            save(file, captures.captured(kind, Path(folder)))
+        except CannotStart as error:
+            raise BadInput(f"vapama snapshot capture: {error}") from None
+        except OSError as error:
+            raise BadInput(f"{file}: cannot be written: {error.strerror or error}") from None
+        agreements = check_snapshot(load_snapshot(file), show)
+    if json:
+        told = {"file": str(file), "kind": kind, "agreements": agreements}
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(told)) + b"\n")
+    else:
+        for agreement in agreements:
+            print(f"{agreement.right:>8,} of {agreement.total:,} mappings  {agreement.what}")
+            if agreement.first_difference:
+                print(f"         {agreement.first_difference}")
+    good = all(agreement.good for agreement in agreements)
+    raise typer.Exit(EXIT_HELD if good else EXIT_COUNTEREXAMPLE)
 
 
 @app.command()

@@ -9,7 +9,7 @@ one batch, the last is judged and the next is made.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import msgspec
@@ -18,7 +18,8 @@ from vapama.oracles import nested_kvm as k
 from vapama.oracles.emulator import MachineDied
 from vapama.oracles.nested_kvm import Command, NestedKvm, Result, Told
 from vapama.spec import programs
-from vapama.spec.cpu import PCIDE, SMAP, SMEP, Cpu
+from vapama.spec.access import Access
+from vapama.spec.cpu import NXE, PCIDE, SMAP, SMEP, Cpu
 from vapama.spec.machine import (
     Departure,
     GuestMachine,
@@ -50,6 +51,7 @@ from vapama.spec.steps import (
     Store,
     Stored,
 )
+from vapama.spec.tlb import Processor
 from vapama.spec.words import Word
 
 BATCH = 100
@@ -159,6 +161,8 @@ class Difference:
     program: Program
     at: int
     what: str
+    again: bool = False
+    """Whether it was seen again when the program was run alone, and shrunk."""
 
 
 @dataclass
@@ -267,19 +271,26 @@ class _Shown:
             return False
         return True
 
+    @property
+    def processor(self) -> Processor:
+        return self.guest.processors[self.step.vcpu]
+
     def outcomes(self) -> Iterator[Outcome]:
         """All outcomes of the access that are allowed, page by page."""
-        processor, access = self.guest.processors[self.step.vcpu], self.step.access
-        for piece in pieces(access.address):
-            for allowed in processor.allowed(access._replace(address=piece.address)):
-                yield allowed.outcome
+        for piece in pieces(self.step.access.address):
+            yield from self.outcomes_of(self.step.access._replace(address=piece.address))
+
+    def outcomes_of(self, access: Access) -> Iterator[Outcome]:
+        """All outcomes of an access in one page that are allowed."""
+        for allowed in self.processor.allowed(access):
+            yield allowed.outcome
 
     def entries(self) -> set[Word]:
         """Where there may be an entry of a walk for the access, stale ones included."""
         guest = self.guest
         found: set[Word] = set()
         for piece in pieces(self.step.access.address):
-            tables = {c.cpu.cr3 & FRAME for c in guest.processors[self.step.vcpu].contexts}
+            tables = {c.cpu.cr3 & FRAME for c in self.processor.contexts}
             for shift in (39, 30, 21, 12):
                 entries = {table | (piece.address >> shift & 0x1FF) << 3 for table in tables}
                 found |= entries
@@ -341,26 +352,60 @@ def _marks_reserved(shown: _Shown) -> bool:
     return True
 
 
-def _leaves_device_page_clean(shown: _Shown) -> bool:
-    """The store is right but for the dirty flag of a page in which there is a device."""
-    seen, number = shown.seen(), shown.step.guest
-    if not isinstance(seen, Stored) or not seen.devices:
+def _remembers_device(shown: _Shown) -> bool:
+    """A supervisor's store, with CR0.WP=0, went to the device where a load may go; it did not walk
+    for it, and set no dirty flag.
+    """
+    seen, step, cpu = shown.seen(), shown.step, shown.processor.cpu
+    if not isinstance(seen, Stored) or not isinstance(step, Store) or cpu.wp or step.access.user:
+        return False
+    parts = pieces(step.access.address)
+    return len(seen.devices) == len(parts) and all(
+        any(
+            isinstance(outcome, Translated)
+            and not shown.is_writable(outcome.pa)
+            and device == DeviceWrite(outcome.pa, part.size, step.value >> part.shift & bits)
+            for outcome in shown.outcomes_of(step.access._replace(write=0, address=part.address))
+        )
+        for device, part in zip(seen.devices, parts, strict=True)
+        for bits in [(1 << 8 * part.size) - 1]
+    )
+
+
+def _marks_page_0_dirty(shown: _Shown) -> bool:
+    """A load from a device in the first page of linear addresses set the entry's dirty flag."""
+    seen, number, step = shown.seen(), shown.step.guest, shown.step
+    if not isinstance(seen, Loaded) or step.access.address >> 12:
         return False
     leaves = {
         outcome.updates[-1].address
         for outcome in shown.outcomes()
-        if isinstance(outcome, Translated) and outcome.updates and not shown.is_writable(outcome.pa)
+        if isinstance(outcome, Translated) and not shown.is_writable(outcome.pa)
     }
+    leaves = {leaf for leaf in leaves if shown.is_writable(leaf)}
 
-    def dirty(guest: int, address: Word) -> Word:
-        return shown.look(guest, address) | (guest == number and address in leaves) * DIRTY
+    def clean(guest: int, address: Word) -> Word:
+        return shown.look(guest, address) & ~((guest == number and address in leaves) * DIRTY)
 
-    if not shown.allows(seen, dirty):
+    if not shown.allows(seen, clean):
         return False
     for leaf in leaves:
-        if shown.is_writable(leaf):
-            shown.guest.write(leaf, shown.look(number, leaf))
+        shown.guest.write(leaf, shown.look(number, leaf))
     return True
+
+
+def _shares_execute_disable(shown: _Shown) -> bool:
+    """It is right for EFER.NXE=1, with which another processor of the guest has run."""
+    seen, guest = shown.seen(), shown.guest
+    with_nxe = any(c.cpu.efer & NXE for p in guest.processors for c in p.contexts)
+    contexts = shown.processor.contexts
+    now = contexts[-1]
+    if seen is None or now.cpu.efer & NXE or not with_nxe:
+        return False
+    contexts[-1] = now._replace(cpu=now.cpu._replace(efer=now.cpu.efer | NXE))
+    allowed = shown.allows(seen)
+    contexts[-1] = now
+    return allowed
 
 
 def _stores_half(shown: _Shown) -> bool:
@@ -422,13 +467,17 @@ def _fetches_from_device(shown: _Shown) -> bool:
 
 
 def _emulates_code(shown: _Shown) -> bool:
-    """The code of a page was run, by a walk through an entry that cannot be written, and KVM's
-    emulator did not know its last instruction.
+    """The code of a page was run by KVM's emulator, which did not know its last instruction: the
+    walk was through an entry that cannot be written, or may have gone to a device.
     """
     step, result = shown.step, shown.result
     if not isinstance(step, Load) or not k.was_emulated(step, result, k.STAMP_LENGTH):
         return False
-    if all(shown.is_writable(entry) for entry in shown.entries()):
+    to_device = any(
+        isinstance(outcome, Translated) and shown.guest.map.slot_of(outcome.pa >> 12) is None
+        for outcome in shown.outcomes()
+    )
+    if not to_device and all(shown.is_writable(entry) for entry in shown.entries()):
         return False
     if result.ended == k.STUCK:
         shown.adopt()
@@ -440,16 +489,21 @@ BOTH: dict[str, Callable[[_Shown], bool]] = {
     "table-outside-memory-is-not-present": _not_present_outside,
     "code-in-a-device-is-not-emulated": _fetches_from_device,
     "store-across-pages-is-half-made": _stores_half,
+    "emulated-code-lacks-int3": _emulates_code,
 }
 DEPARTURES: dict[bool, dict[str, Callable[[_Shown], bool]]] = {
-    False: {**BOTH, "dirty-flag-of-a-device-page-is-not-set": _leaves_device_page_clean},
+    False: {
+        **BOTH,
+        "store-to-a-device-is-not-walked-for": _remembers_device,
+        "load-from-a-device-in-page-0-sets-dirty": _marks_page_0_dirty,
+        "execute-disable-is-not-reserved-once-shared": _shares_execute_disable,
+    },
     True: {
         **BOTH,
         "reserved-bit-fault-lacks-p": _lacks_p,
         "reserved-large-page-is-marked-accessed": _marks_reserved,
         "nested-fault-of-a-table-is-taken-for-the-access": _takes_table_for_page,
         "tables-in-read-only-memory-hang-the-guest": _hangs,
-        "code-behind-read-only-tables-is-emulated": _emulates_code,
     },
 }
 """The known departures, by whether nested paging is used; nested_kvm.py gives their sources."""
@@ -502,7 +556,36 @@ def run(
         if done:
             progress(tally)
         running = batch
+    shrunk_ = [shrunk(hypervisor, found) for found in tally.differences[:MOST_SHRUNK]]
+    tally.differences[:MOST_SHRUNK] = shrunk_
     return tally
+
+
+MOST_SHRUNK = 5
+"""Differences of a run that are shrunk."""
+
+
+def shrunk(hypervisor: NestedKvm, found: Difference) -> Difference:
+    """The difference with as few steps as are needed to see a difference there again."""
+
+    def differs(words: list[Word]) -> Difference | None:
+        tally = Tally()
+        tried = program(found.program.style, words, hypervisor.cr4)
+        give(hypervisor, [tried])
+        for program_, results in finish(hypervisor, [tried], tally):
+            judge(program_, results, tally, hypervisor.npt)
+        return replace(tally.differences[0], again=True) if tally.differences else None
+
+    words = list(found.program.words)
+    best = differs(words)
+    if best is None:
+        return found
+    for number in range(len(words)):
+        fewer = [0 if n == number else word for n, word in enumerate(words)]
+        smaller = differs(fewer)
+        if smaller is not None:
+            words, best = fewer, smaller
+    return best
 
 
 def give(hypervisor: NestedKvm, batch: Sequence[Program]) -> None:
@@ -551,6 +634,7 @@ def as_json(tally: Tally) -> bytes:
                     "words": [hex(word) for word in found.program.words],
                     "steps": [str(step) for step in found.program.steps[: found.at + 1]],
                     "what": found.what,
+                    "again": found.again,
                 }
                 for found in tally.differences
             ],

@@ -16,7 +16,7 @@ from vapama.oracles.emulator import CannotStart
 from vapama.oracles.nested_kvm import NestedKvm, can
 from vapama.spec import programs
 from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu
+from vapama.spec.cpu import LMA, LME, Cpu
 from vapama.spec.steps import (
     Harvest,
     Invlpg,
@@ -187,9 +187,19 @@ SHOWN: dict[str, tuple[Step, ...]] = {
         store(DIRECTORY | 3 << 3, programs.DEVICE << 12 | USED),
         load(0x600010),
     ),
-    "dirty-flag-of-a-device-page-is-not-set": (
+    "store-to-a-device-is-not-walked-for": (
         load(0x1E000, user=0),
         store(0x1E000, user=0),
+    ),
+    "load-from-a-device-in-page-0-sets-dirty": (
+        store(LOW, programs.DEVICE << 12 | programs.OPEN),
+        load(0x38),
+    ),
+    "execute-disable-is-not-reserved-once-shared": (
+        Move(0, 1, "efer", LME | LMA),
+        store(LOW | 9 << 3, 9 << 12 | USED | 1 << 63),
+        load(0x9000),
+        Load(0, 1, Access(0x9008, user=1)),
     ),
     "code-in-a-device-is-not-emulated": (load(0x1E800, fetch=1),),
     "store-across-pages-is-half-made": (
@@ -209,7 +219,13 @@ SHOWN: dict[str, tuple[Step, ...]] = {
         store(DIRECTORY | 2 << 3, ROM | USED),
         store(0x40E010, user=0),
     ),
-    "code-behind-read-only-tables-is-emulated": (
+    "emulated-code-lacks-int3": (
+        # On the shadow MMU another processor has not heard yet that there is no device any more;
+        Load(0, 1, Access(0x214020)),
+        load(0x41C020, user=0),
+        Store(0, 1, Access(0x2050A0, 1, user=1), 14 << 12 | programs.OPEN | 0x20),
+        load(0x214800, fetch=1),
+        # under nested paging a table cannot be written.
         store(DIRECTORY | 3 << 3, ROM | USED),
         load(0x618800, fetch=1),
     ),
@@ -221,7 +237,10 @@ def test_a_known_departure_is_still_there(hypervisor: NestedKvm, name: str) -> N
     known = nested_kvm.DEPARTURES_OF_TDP if hypervisor.npt else nested_kvm.DEPARTURES
     tally = ran(hypervisor, *SHOWN[name])
     assert not tally.differences, tally.differences[0].what
-    assert set(tally.known) == {name} & known.keys()
+    if name in known:
+        assert set(tally.known) == {name}
+    else:
+        assert name not in tally.known
 
 
 def test_the_departures_are_those_with_a_source() -> None:
@@ -240,7 +259,7 @@ def test_a_departure_excuses_nothing_else(
         return made and (made._replace(c=made.c ^ 1) if isinstance(step, Store) else made)
 
     monkeypatch.setattr(nested_kvm, "command", command)
-    for steps in (SHOWN["dirty-flag-of-a-device-page-is-not-set"], (store(0x8000),)):
+    for steps in (SHOWN["store-to-a-device-is-not-walked-for"], (store(0x8000),)):
         assert ran(hypervisor, *steps).differences
 
 

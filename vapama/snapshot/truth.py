@@ -13,13 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vapama.case import BadInput
-from vapama.snapshot.images import read_arrays
-from vapama.spec import paging
+from vapama.snapshot import answers
+from vapama.snapshot.images import open_image, read_arrays
+from vapama.spec import nested, paging
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu, ImpossibleState, UnsupportedMode
 from vapama.spec.memory import Image
-from vapama.spec.outcomes import Translated
+from vapama.spec.outcomes import Outcome, Translated
 from vapama.spec.paging import translate
+from vapama.spec.stage import Npt
 
 SHIPPED = Path(__file__).parents[1] / "data" / "linux-6.1-guest-4level.npz"
 NEEDED = ("frames", "tables", "cr0", "cr3", "cr4", "efer", "truth_va", "truth_pa", "truth_flags")
@@ -37,11 +39,14 @@ class Snapshot:
     truth_va: Words
     truth_pa: Words
     truth_flags: list[str]
+    stage: Npt | None = None
+    """The second stage, if there is one: then `image` is the host's, and flags are not known."""
+    path: Path = SHIPPED
 
 
 def load_snapshot(path: Path, maxphyaddr: int = 40) -> Snapshot:
     """Read a .npz snapshot. Raises `BadInput`."""
-    return _snapshot(path, read_arrays(path, NEEDED), maxphyaddr)
+    return _snapshot(path, read_arrays(path, NEEDED, ("ncr3",)), maxphyaddr)
 
 
 def _snapshot(path: Path, found: dict[str, Any], maxphyaddr: int) -> Snapshot:
@@ -58,6 +63,7 @@ def _snapshot(path: Path, found: dict[str, Any], maxphyaddr: int) -> Snapshot:
     cr0, cr3, cr4, efer = (int(found[name]) for name in ("cr0", "cr3", "cr4", "efer"))
     try:
         cpu = Cpu(cr0, cr3, cr4, efer, maxphyaddr=maxphyaddr)
+        stage = Npt(int(found["ncr3"]), maxphyaddr=maxphyaddr) if "ncr3" in found else None
     except (ImpossibleState, UnsupportedMode) as error:
         raise BadInput(f"{path}: {error}") from None
     return Snapshot(
@@ -67,6 +73,8 @@ def _snapshot(path: Path, found: dict[str, Any], maxphyaddr: int) -> Snapshot:
         found["truth_va"],
         found["truth_pa"],
         found["truth_flags"].tolist(),
+        stage,
+        path,
     )
 
 
@@ -111,12 +119,17 @@ def check_snapshot(
     """Every mapping of the snapshot, by the reference and by the compiled kernels, walked one by
     one and found from CR3, against the truth.
     """
-    checks = (
+    checks: tuple[tuple[str, Callable[[str, Snapshot], Agreement]], ...] = (
         ("reference: translated", _reference_walks),
         ("compiled: translated", _compiled_walks),
         ("reference: found from CR3, with flags", _reference_mappings),
         ("compiled: found from CR3, with flags", _compiled_mappings),
     )
+    if snapshot.stage is not None:
+        checks = (
+            ("reference: translated by both stages", _reference_walks),
+            ("compiled: found from CR3 through both stages", _compiled_through_both),
+        )
     results = []
     for what, check in checks:
         progress(what)
@@ -136,7 +149,12 @@ def _reference_walks(what: str, snapshot: Snapshot) -> Agreement:
     )
     right, difference = 0, ""
     for va, pa, letters in truth:
-        outcome = translate(snapshot.cpu, memory, Access(va, user=_who(letters)))
+        access = Access(va, user=_who(letters))
+        outcome: Outcome
+        if snapshot.stage is None:
+            outcome = translate(snapshot.cpu, memory, access)
+        else:
+            outcome = nested.translate(snapshot.cpu, snapshot.stage, memory, access)
         if isinstance(outcome, Translated) and outcome.pa == pa:
             right += 1
         elif not difference:
@@ -164,6 +182,28 @@ def _compiled_walks(what: str, snapshot: Snapshot) -> Agreement:
                 f"the truth is PA {int(pas[at]):#x}"
             )
     return Agreement(what, right, len(users), difference)
+
+
+def _compiled_through_both(what: str, snapshot: Snapshot) -> Agreement:
+    """Each mapping of the truth is in the list of all, which may well have others: what the guest
+    did not use is not in the truth.
+    """
+    assert snapshot.stage is not None
+    image, room = open_image(snapshot.path, "npz"), 1 << 20
+    guest = answers.guest_memory(snapshot.stage, image, room, room)
+    listing = answers.listing_of(snapshot.cpu, guest.pieces, image.name, False, room, room)
+    found: dict[int, int] = {}
+    for batch in listing.batches():
+        for rows in guest.through(snapshot.cpu, batch, False):
+            found.update(zip(rows.addresses.tolist(), rows.pas.tolist(), strict=True))
+    wrong = [
+        (va, pa)
+        for va, pa in zip(snapshot.truth_va.tolist(), snapshot.truth_pa.tolist(), strict=True)
+        if found.get(va) != pa
+    ]
+    difference = f"VA {wrong[0][0]:#x}: not to {wrong[0][1]:#x}" if wrong else ""
+    total = len(snapshot.truth_va)
+    return Agreement(what, total - len(wrong), total, difference)
 
 
 def _reference_mappings(what: str, snapshot: Snapshot) -> Agreement:
