@@ -77,6 +77,7 @@ class Guest:
         self.backing = Backing(frames, own.mergeable)
         self.backing.notify.append(self.revoked)
         self.slots: dict[int, SlotState] = {}
+        self.slot_by_gfn: dict[int, SlotState] = {}
         self.generation = 0
         self.known: dict[int, int] = {}
         """Frames by gfn, as they were found last, to read; dropped when they are revoked."""
@@ -84,7 +85,7 @@ class Guest:
         self.synced: Callable[[int], None] | None = None
         """Told the frame of each root below which all was synchronized."""
         for slot_number, slot in own.slots.items():
-            self.slots[slot_number] = SlotState(slot_number, slot)
+            self._put_slot(slot_number, slot)
         self.vcpus: list[Vcpu] = []
         self.mmu = mmu(self)
         for i, cpu in enumerate(own.vcpus):
@@ -109,10 +110,11 @@ class Guest:
 
     def slot_of(self, gfn: int) -> SlotState | None:
         """The slot that holds a guest frame."""
-        for slot in self.slots.values():
-            if slot.gfn <= gfn < slot.end:
-                return slot
-        return None
+        return self.slot_by_gfn.get(gfn)
+
+    def _put_slot(self, number: int, new: Slot) -> None:
+        slot = self.slots[number] = SlotState(number, new)
+        self.slot_by_gfn.update(dict.fromkeys(range(slot.gfn, slot.end), slot))
 
     def frame_of(self, slot: SlotState, gfn: int, write: bool) -> tuple[int, bool]:
         """The frame of a slot's guest frame, made present, and whether it may be written."""
@@ -198,8 +200,10 @@ class Guest:
         if old is not None:
             self.mmu.slot_gone(old)
             del self.slots[number]
+            for gfn in range(old.gfn, old.end):
+                del self.slot_by_gfn[gfn]
         if slot is not None:
-            self.slots[number] = SlotState(number, slot)
+            self._put_slot(number, slot)
         self.generation = (self.generation + 1) % self.plan.generations
         self.mmu.slots_changed(wrapped=self.generation == 0)
 

@@ -6,6 +6,7 @@ would be wrong to rely on stays visible for as long as the architecture lets it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from vapama.impl.kernels import ept, legacy, long_mode, npt
@@ -61,6 +62,22 @@ def paging_of(cpu: Cpu) -> int:
     if cpu.cr4 >> 5 & 1:
         return PAE_PAGING
     return PAGING_32 + (cpu.cr4 >> 4 & 1)
+
+
+@lru_cache(maxsize=1 << 12)
+def controls(cpu: Cpu) -> tuple[int, int, int, int]:
+    """How a processor reads its tables, the mode word and the reserved bits that the kernels of
+    that take, and how many levels the tables have, PDPTEs of PAE paging not counted.
+    """
+    paging = paging_of(cpu)
+    if paging == LONG_MODE:
+        mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
+        reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
+        return paging, mode, reserved, 4 + (cpu.cr4 >> 12 & 1)
+    registers = 0 if cpu.pdptes is None else 1
+    mode = legacy.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, registers)
+    reserved = legacy.reserved_word(cpu.cr4, cpu.efer, cpu.maxphyaddr, cpu.pse36)
+    return paging, mode, reserved, 0 if paging == OFF else 2
 
 
 class NoFrames(Exception):
@@ -197,16 +214,8 @@ class Core:
 
     def control(self, cpu: Cpu, root: int, pcid: int) -> None:
         """Run under these control registers (CR3's PCID aside), on the tables at `root`."""
-        self.paging, self.pdptes = paging_of(cpu), cpu.pdptes
-        if self.paging == LONG_MODE:
-            self.mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
-            self.reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
-            self.levels = 4 + (cpu.cr4 >> 12 & 1)
-        else:
-            registers = 0 if cpu.pdptes is None else 1
-            self.mode = legacy.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, registers)
-            self.reserved = legacy.reserved_word(cpu.cr4, cpu.efer, cpu.maxphyaddr, cpu.pse36)
-            self.levels = 0 if self.paging == OFF else 2
+        self.paging, self.mode, self.reserved, self.levels = controls(cpu)
+        self.pdptes = cpu.pdptes
         self.root, self.pcid = root, pcid << 54
         self.code_mask = (cpu.nxe & cpu.cr4 >> 5 & 1 | cpu.smep) << 4
 

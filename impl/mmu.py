@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from vapama.impl.guest import Guest, Vcpu
-from vapama.impl.hardware import LIMIT_WORDS, LONG_MODE, OFF, SHORT_ENTRIES, paging_of
+from vapama.impl.hardware import LIMIT_WORDS, LONG_MODE, OFF, SHORT_ENTRIES, controls
 from vapama.impl.kernels import legacy, long_mode
 from vapama.spec.cpu import Cpu
 
@@ -33,16 +33,8 @@ class Context:
 
     def controls(self, cpu: Cpu) -> None:
         """Take in the guest's control registers."""
-        self.cr3, self.paging = cpu.cr3, paging_of(cpu)
-        if self.paging == LONG_MODE:
-            self.mode = long_mode.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, cpu.page1gb)
-            self.reserved = long_mode.reserved_word(cpu.efer, cpu.maxphyaddr)
-            self.levels = 4 + (cpu.cr4 >> 12 & 1)
-        else:
-            registers = 0 if cpu.pdptes is None else 1
-            self.mode = legacy.mode_word(cpu.cr0, cpu.cr4, cpu.efer, cpu.rflags, registers)
-            self.reserved = legacy.reserved_word(cpu.cr4, cpu.efer, cpu.maxphyaddr, cpu.pse36)
-            self.levels = 0 if self.paging == OFF else 2
+        self.cr3 = cpu.cr3
+        self.paging, self.mode, self.reserved, self.levels = controls(cpu)
         self.reserved_small = 0 if self.paging in SHORT_ENTRIES else self.reserved
         self.pdptes = cpu.pdptes or ()
 

@@ -17,7 +17,7 @@ flags are set as its table is walked; a page that is not dirty is mapped read-on
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from vapama.impl.guest import (
     EMULATE,
@@ -1004,6 +1004,7 @@ def role_view(role: int) -> Role:
     )
 
 
+@lru_cache(maxsize=1 << 12)
 def real_cpu(cpu: Cpu, maxphyaddr: int) -> Cpu:
     """The control registers that a core runs the guest with: write protection and NX always on,
     PAE paging outside long mode, and with paging off what would restrict the supervisor is too.

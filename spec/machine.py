@@ -314,17 +314,21 @@ class _Judged:
                     address for outcome in way.outcomes for address, _ in _sets(outcome)
                 )
                 machine.edited |= not machine.entries.isdisjoint(self.stored)
-                for address, word in self.flagged.items():
-                    self.machine.write(address, word)
-                for address, word in entries.items():
-                    if address in self.stored or self.machine.load(address) != word:
-                        self.machine.write(address, word)
-                        self.machine.wrote(address)
+                self._go(entries)
                 if isinstance(self.seen, Faulted):
                     # A page fault drops what is cached of its address.
                     self.processor.page_fault(self.seen.cr2)
                 return
         raise Departure(self._told())
+
+    def _go(self, entries: dict[Word, Word]) -> None:
+        """Set the flags that were set on the way, and then make the store."""
+        for address, word in self.flagged.items():
+            self.machine.write(address, word)
+        for address in sorted(entries, key=self.stored.__contains__):
+            if address in self.stored or self.machine.load(address) != entries[address]:
+                self.machine.write(address, entries[address])
+                self.machine.wrote(address)
 
     def _flagged_elsewhere(self, ways: Iterable[Way]) -> set[Word]:
         """Entries on any of the ways that the subject has set flags in: they tell which it went."""

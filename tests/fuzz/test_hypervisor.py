@@ -185,6 +185,17 @@ def test_an_entry_is_cached_as_it_was_before_the_store_that_it_leads_to_itself(d
     assert seen == [Stored(), Stored()]
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("mode", ["4 levels", "5 levels"])
+def test_all_flags_of_a_walk_are_set_before_its_store(design: str, mode: str) -> None:
+    """A store overwrites the entry of the page that it is made through."""
+    style = 3 << 29 if mode == "5 levels" else 0
+    itself = store(2 << 21 | programs.DIRECTORY << 12 | 2 << 3, 0)
+    seen = run(programs.plan(style, design), itself, itself)
+    if design != SHADOW:
+        assert seen == [Stored(), Stored()]
+
+
 def test_a_table_in_read_only_memory_needs_no_dirty_flags() -> None:
     """Its entry for 0x200000 names frame 0, and can never be marked dirty."""
     table = store(ENTRY, programs.ROM_TABLE << 12 | programs.USED)
