@@ -13,7 +13,7 @@ from vapama.spec.ksm import Ksm, Options
 from vapama.spec.maps import Drawn
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.subject import KSM, KSM_HOST, SHARING
-from vapama.spec.words import Condition, Word, ite, low_bits
+from vapama.spec.words import Condition, Word, flag, ite, low_bits
 
 # Programs
 
@@ -424,7 +424,8 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     have a frame that one of them may write to, or a device.
 
     `page` and `other` are those of the step, `seen` and `witness` any two pages there are. That
-    pages are apart is assumed of these four only, and then shown of `seen` and `witness`.
+    pages are apart is assumed of these four only, and then shown of `seen` and `witness`. They are
+    at first, when none is present; so they are after any number of steps.
     """
     k = subject.sharing()
     page, other, seen, witness = nondet.words(DRAWN_PAGES)
@@ -447,10 +448,17 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
         kept: Condition = differ | read_only & no_device
         return kept
 
-    state: Condition = (owned == 0) | (word & k.WRITABLE == 0)
-    state = state & ((pinned == 0) | (owned == 0)) & ((owned | pinned == 0) | (fresh != frame))
+    def merged(a: Word) -> Condition:
+        """A page that has the frame of the step, while KSM owns it: it may not be written."""
+        here = (table(a) & k.PRESENT != 0) & (k.frame_of(table(a)) == frame)
+        kept: Condition = (owned & flag(here) == 0) | (table(a) & k.WRITABLE == 0)
+        return kept
+
+    state: Condition = (pinned == 0) | (owned == 0)
+    state = state & ((owned | pinned == 0) | (fresh != frame))
     everybody = (page, other, seen, witness)
     for i, a in enumerate(everybody):
+        state = state & merged(a)
         state = state & ((table(a) & k.PRESENT == 0) | (k.frame_of(table(a)) != fresh))
         for b in everybody[i + 1 :]:
             state = state & apart(a, b, pinned)
@@ -510,5 +518,4 @@ def sharing_keeps_pages_apart(nondet: Nondet, subject: Any) -> None:
     reads = contents(k.frame_of(table(seen)))
     assert absent | (reads == expected), "a page reads what is not its own"
     assert apart(seen, witness, pinned), "a frame of two pages is writable"
-    its_own = (k.frame_of(table(page)) != frame) | (table(page) & k.WRITABLE == 0)
-    assert (owned == 0) | its_own, "a merged frame is writable"
+    assert merged(seen), "a merged frame is writable"

@@ -1,6 +1,7 @@
 """What makes a verdict of the prover worth trusting, each part of it seen to say no."""
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path as FilePath
 from random import Random
@@ -298,9 +299,12 @@ def test_a_seeded_mistake_is_refuted_by_a_case_that_fails_on_ints(name: str) -> 
     failure, _ = replay(invariant, verdict.case, mistaken)
     assert failure is not None
     assert fails_when_pinned(invariant, mistaken, verdict.case)
-    # The case shows the mistake and nothing else.
-    assert replay(invariant, verdict.case, optimized())[0] is None
-    assert not fails_when_pinned(invariant, optimized(), verdict.case)
+    # The case shows the mistake and nothing else. A model's rule, if there, may forbid its step.
+    forbidden = suppress(Reject) if MISTAKES[name].file.startswith("spec/") else nullcontext()
+    with forbidden:
+        assert replay(invariant, verdict.case, optimized())[0] is None
+    with forbidden:
+        assert not fails_when_pinned(invariant, optimized(), verdict.case)
 
 
 # Cases on the symbolic engine.
