@@ -342,6 +342,7 @@ class ShadowMmu(Mmu):
     def invlpg(self, vcpu: Vcpu, address: int) -> None:
         """INVLPG: bring what serves this address in every root up to date."""
         vcpu.core.forget(address)
+        vcpu.device_page = None
         context = vcpu.context
         for root in [context.root, *(root for _, _, root in context.cached)]:
             page = None if root is None or root.invalid else root.page(address)

@@ -133,7 +133,6 @@ class Vmm:
             case Move(_, vcpu):
                 return self._move(guest, guest.vcpus[vcpu], step)
             case Invlpg(_, vcpu, address):
-                guest.vcpus[vcpu].device_page = None
                 guest.mmu.invlpg(guest.vcpus[vcpu], linear(guest.vcpus[vcpu].cpu, address))
             case Invpcid(_, vcpu, kind, pcid, address):
                 guest.vcpus[vcpu].device_page = None

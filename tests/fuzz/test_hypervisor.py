@@ -196,6 +196,21 @@ def test_all_flags_of_a_walk_are_set_before_its_store(design: str, mode: str) ->
         assert seen == [Stored(), Stored()]
 
 
+def test_a_fault_drops_what_was_remembered_of_a_device() -> None:
+    at, entry = 0x18000, programs.LOW << 12 | 0x18 << 3
+    fault, read = Load(0, 0, Access(at, user=1)), Load(0, 0, Access(at))
+    supervisors = programs.USED & ~4
+    seen = run(
+        programs.plan(),
+        store(entry, programs.DEVICE << 12 | supervisors),
+        read,
+        store(entry, 9 << 12 | supervisors),
+        fault,
+        read,
+    )
+    assert seen[-2:] == [Faulted(5, at), Loaded(0x2222)]
+
+
 def test_a_table_in_read_only_memory_needs_no_dirty_flags() -> None:
     """Its entry for 0x200000 names frame 0, and can never be marked dirty."""
     table = store(ENTRY, programs.ROM_TABLE << 12 | programs.USED)
