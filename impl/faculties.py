@@ -3,16 +3,25 @@
 from types import ModuleType
 from typing import Any
 
-from vapama.impl.hugepages import Hugetlb
+from vapama.impl.hugepages import Hugetlb, Transparent
 from vapama.impl.kernels import large_pages, pool, sharing
 from vapama.impl.merging import Merging
-from vapama.spec.subject import HUGETLB, HUGETLB_BOOKS, KSM, KSM_HOST, LARGE_PAGES, POOL, SHARING
+from vapama.spec.subject import (
+    HUGETLB,
+    HUGETLB_BOOKS,
+    KSM,
+    KSM_HOST,
+    LARGE_PAGES,
+    POOL,
+    SHARING,
+    THP,
+)
 
 
 class HostMemory:
     """KSM and huge pages, as objects that are driven step by step and as functions of words."""
 
-    OBSERVES = frozenset({KSM, KSM_HOST, SHARING, HUGETLB, HUGETLB_BOOKS, POOL, LARGE_PAGES})
+    OBSERVES = frozenset({KSM, KSM_HOST, SHARING, HUGETLB, HUGETLB_BOOKS, POOL, LARGE_PAGES, THP})
 
     def ksm(self, pages: int, **options: Any) -> Merging:
         """A process of so many pages, and the merger."""
@@ -21,6 +30,10 @@ class HostMemory:
     def hugetlb(self, **options: Any) -> Hugetlb:
         """An empty pool."""
         return Hugetlb(**options)
+
+    def thp(self) -> Transparent:
+        """A block of memory in which nothing is mapped."""
+        return Transparent()
 
     def sharing(self) -> ModuleType:
         """What becomes of a page's word."""

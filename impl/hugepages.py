@@ -5,9 +5,12 @@ a size of its own, and groups that promises are charged to. `Backing` gives a sl
 pool. `split` and `collapse` rewrite tables.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from vapama.impl.kernels import large_pages, pool
 from vapama.impl.kernels.pool import Pool, Subpool
@@ -188,6 +191,109 @@ class Backing:
         self.books.unmap(self.number)
         self.frames += self.mapped.values()
         self.mapped.clear()
+
+
+# Transparent huge pages
+
+
+class Transparent:
+    """A block of 512 pages of a process, private and anonymous: its entry in the page directory,
+    and its table, as arrays of frames (-1: none, 0: the zero page) and of contents.
+
+    Frames are given out in runs from an ever higher one, so that no number comes again.
+    """
+
+    stateful = True
+    PAGES = 512
+
+    def __init__(self) -> None:
+        self.table: npt.NDArray[np.int64] | None = None
+        """The frames of small pages; None where the directory's entry leads to no table."""
+        self.run = -1
+        """The first frame of the huge page that the directory's entry maps; -1 if it maps none."""
+        self.words: npt.NDArray[np.int64] = np.zeros(self.PAGES, dtype=np.int64)
+        self.next, self.advised = self.PAGES, True
+
+    # What the process does
+
+    def write(self, page: int, content: int) -> None:
+        """Store to a page."""
+        if self.table is None and self.run <= 0:
+            if self.advised or self.run == 0:
+                self.run = self._take(self.PAGES)
+            else:
+                self.table = np.full(self.PAGES, -1, dtype=np.int64)
+        if self.table is not None and self.table[page] <= 0:
+            self.table[page] = self._take(1)
+        self.words[page] = content
+
+    def read(self, page: int) -> int:
+        """Load from a page."""
+        if self.table is None and self.run < 0:
+            if self.advised:
+                self.run = 0
+            else:
+                self.table = np.full(self.PAGES, -1, dtype=np.int64)
+        if self.table is not None and self.table[page] < 0:
+            self.table[page] = 0
+        return int(self.words[page])
+
+    def discard(self, first: int, count: int) -> None:
+        """MADV_DONTNEED."""
+        self.words[first : first + count] = 0
+        if count == self.PAGES:
+            self.table, self.run = None, -1
+            return
+        self.split(first)
+        if self.table is not None:
+            self.table[first : first + count] = -1
+
+    def split(self, page: int) -> None:
+        """Take write access to a page away and give it back: a huge mapping becomes a table."""
+        if self.run > 0:
+            self.table = np.arange(self.run, self.run + self.PAGES)
+        elif self.run == 0:
+            self.table = np.zeros(self.PAGES, dtype=np.int64)
+        self.run = -1
+
+    def advise(self, huge: int) -> None:
+        """MADV_HUGEPAGE or MADV_NOHUGEPAGE."""
+        self.advised = bool(huge)
+
+    def collapse(self) -> bool:
+        """MADV_COLLAPSE; False for EINVAL."""
+        if not self.advised or (self.run < 0 and self.table is None):
+            return False
+        if self.table is not None:
+            self.table, self.run = None, self._take(self.PAGES)
+        return True
+
+    # What can be observed
+
+    def huge(self) -> bool:
+        """Whether it is one huge page, and not that of zeros."""
+        return self.run > 0
+
+    def present(self) -> int:
+        """How many pages have a frame of their own."""
+        if self.table is not None:
+            return int(np.count_nonzero(self.table > 0))
+        return self.PAGES * (self.run > 0)
+
+    def frames(self, pages: Sequence[int]) -> list[int | None]:
+        """The frames of these pages; None where there is none, or the zero page."""
+        if self.table is not None:
+            return [int(self.table[page]) if self.table[page] > 0 else None for page in pages]
+        return [self.run + page if self.run > 0 else None for page in pages]
+
+    def contents(self, pages: Sequence[int]) -> list[int]:
+        """What loads would give."""
+        return [int(self.words[page]) for page in pages]
+
+    def _take(self, count: int) -> int:
+        first = -(-self.next // count) * count
+        self.next = first + count
+        return first
 
 
 # Large leaves in tables

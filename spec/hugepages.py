@@ -7,6 +7,7 @@ admin-guide/mm/transhuge.rst for the host. The running kernel is compared with a
 (oracles/linux_mm).
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 from vapama.spec.words import Condition, Flag, Word, low_bits
@@ -335,50 +336,94 @@ class Hugetlb:
 # Transparent huge pages
 
 
-class Block:
-    """An aligned block of 512 small pages of a process, under MADV_HUGEPAGE.
+class Mapped(IntEnum):
+    """What the entry for a block is in the process' page directory."""
 
-    `contents` are those of the present pages. Source: admin-guide/mm/transhuge.rst.
+    NOTHING = 0
+    TABLE = 1
+    HUGE = 2
+    ZERO = 3
+    """The huge zero page, which only reads have touched."""
+
+
+class Block:
+    """An aligned block of 512 small pages of a process, private and anonymous, under MADV_HUGEPAGE.
+
+    `contents` are those of the pages that have a frame, `frames` say by a number which frame it is:
+    a new one for each that is allocated. Source: admin-guide/mm/transhuge.rst; mm/huge_memory.c,
+    mm/khugepaged.c.
     """
 
     def __init__(self) -> None:
         self.contents: dict[int, int] = {}
-        self.huge = False
-        self.has_table = False
+        self.frames: dict[int, int] = {}
+        self.mapped = Mapped.NOTHING
         self.advised = True
+        self.allocated = 0
+
+    @property
+    def huge(self) -> bool:
+        """Whether it is one huge page of its own."""
+        return self.mapped == Mapped.HUGE
 
     def write(self, page: int, content: int) -> None:
-        """Store to a page. The first touch of an empty block maps all of it as one huge page."""
-        if not self.contents and not self.has_table and self.advised:
-            self.contents = dict.fromkeys(range(SMALL_PAGES), 0)
-            self.huge = True
+        """Store to a page. The first touch of an empty block maps all of it as one huge page; so
+        does the first store to one that maps the huge zero page.
+        """
+        if self.mapped == Mapped.ZERO or (self.mapped == Mapped.NOTHING and self.advised):
+            self.allocate_all()
+        elif page not in self.frames:
+            self.frames[page] = self.new_frames(1)
+            self.mapped = Mapped.TABLE
         self.contents[page] = content
-        self.has_table = not self.huge
+
+    def read(self, page: int) -> int:
+        """Load from a page; one never written maps the zero page, a small or the huge one."""
+        if self.mapped == Mapped.NOTHING:
+            self.mapped = Mapped.ZERO if self.advised else Mapped.TABLE
+        return self.contents.get(page, 0)
 
     def discard(self, first: int, count: int) -> None:
-        """MADV_DONTNEED. Of a huge page a part splits the mapping; the other pages keep frames."""
-        if self.huge and count < SMALL_PAGES:
-            self.split()
-        elif self.huge:
-            self.huge = False
+        """MADV_DONTNEED. Of a huge page a part splits the mapping; the other pages keep frames.
+
+        The whole leaves an empty entry: a table without pages is freed too.
+        """
         for page in range(first, first + count):
             self.contents.pop(page, None)
+            self.frames.pop(page, None)
+        if count == SMALL_PAGES:
+            self.mapped = Mapped.NOTHING
+        elif self.mapped != Mapped.NOTHING:
+            self.mapped = Mapped.TABLE
 
     def split(self) -> None:
         """Map the frames one by one (a partial munmap, mprotect or MADV_DONTNEED does it)."""
-        self.huge, self.has_table = False, True
+        if self.mapped != Mapped.NOTHING:
+            self.mapped = Mapped.TABLE
 
     def collapse(self) -> bool:
         """MADV_COLLAPSE: one new huge page with the same contents, holes being zeros.
 
-        False (EINVAL) if nothing is there, or huge pages were advised against.
+        False (EINVAL) if huge pages were advised against, or nothing was ever there: a table will
+        do, even an empty one. What is huge stays.
         """
-        if not self.advised or not self.contents:
+        if not self.advised or self.mapped == Mapped.NOTHING:
             return False
-        if not self.huge:
-            self.contents = {page: self.contents.get(page, 0) for page in range(SMALL_PAGES)}
-            self.huge, self.has_table = True, False
+        if self.mapped == Mapped.TABLE:
+            self.allocate_all()
         return True
+
+    def allocate_all(self) -> None:
+        """A huge page in place of what was there: all is copied to it, holes are zeros."""
+        first = self.new_frames(SMALL_PAGES)
+        self.contents = {page: self.contents.get(page, 0) for page in range(SMALL_PAGES)}
+        self.frames = {page: first + page for page in range(SMALL_PAGES)}
+        self.mapped = Mapped.HUGE
+
+    def new_frames(self, count: int) -> int:
+        """The number of the first of so many new frames."""
+        self.allocated += count
+        return self.allocated - count
 
 
 # What a mapping costs

@@ -282,7 +282,9 @@ def simulate(
     alike: Annotated[float, typer.Option(min=0, max=1, help="What part is the same.")] = 0.5,
     writes: Annotated[int, typer.Option(min=0, help="Pages each writes between scans.")] = 8,
     scans: Annotated[int, typer.Option(min=1, max=10_000, help="How many scans.")] = 12,
+    steps: Annotated[int, typer.Option(min=8, help="Steps of each workload.")] = 2000,
     seed: Annotated[int, typer.Option(help="The random seed.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Write the plots here, as SVG.")] = None,
     json: Json = False,
 ) -> None:
     """Weigh page sizes and same-page merging against each other, in numbers; or check this host."""
@@ -302,9 +304,17 @@ def simulate(
             raise BadInput(f"{option} {value}: give one of {', '.join(simulating.SIZES)}")
     walks = simulating.walks(memory << 20, guest_pages)
     over_time = list(simulating.merging(guests, size, alike, writes, scans, seed))
+    left = list(simulating.exits(steps, seed))
     setup = simulating.setup(memory << 20, pages, "/dev/hugepages")
+    if plot is not None:
+        from vapama.plots import svg
+
+        try:
+            plot.write_text(svg(simulating.panels(walks, over_time, left)), encoding="utf-8")
+        except OSError as error:
+            raise BadInput(f"{plot}: cannot write the plots: {error.strerror}") from None
     if json:
-        _print_as_json({"walks": walks, "ksm": over_time, "setup": setup})
+        _print_as_json({"walks": walks, "ksm": over_time, "exits": left, "setup": setup})
         return
     console.print(f"a guest of {memory} MiB with {guest_pages} pages, under nested paging")
     for walk in walks:
@@ -317,6 +327,12 @@ def simulate(
     bars = simulating.plotted([scan.saved for scan in over_time], 40)
     for scan, bar in zip(over_time, bars, strict=True):
         console.print(f"  {scan.scan:>4} {scan.scanned:>10,} {scan.broken:>10,} {bar}")
+    console.print(f"exits: {steps} steps of a guest, by faults + intercepts, and tables then")
+    for each in left:
+        console.print(
+            f"  {each.workload:<11} {each.design:<6} {each.pages}: "
+            f"{each.faults:>6,} + {each.intercepts:>5,}, {each.tables:>3} tables"
+        )
     console.print(f"to have {pages} pages:")
     for line in setup:
         console.print(f"  {line}", markup=False, soft_wrap=True)

@@ -1,12 +1,14 @@
 """`vapama simulate`: what sharing and large pages cost and give; and a look at this host.
 
 Walks and tables are arithmetic (`vapama.spec.hugepages`). What KSM gives over time is measured on
-the optimized merger, with guests that write at random. `look_at_host` reads this machine's own
+the optimized merger, with guests that write at random; how often guests are left, on the running
+hypervisor. `look_at_host` reads this machine's own
 books and checks them against the invariants of accounting.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -16,6 +18,10 @@ from vapama.case import BadInput
 from vapama.impl.ksm import Ksm
 from vapama.impl.merging import row_of
 from vapama.impl.processes import Process, Processes
+from vapama.impl.vmm import Vmm
+from vapama.plots import Panel
+from vapama.spec import overcommit, programs
+from vapama.spec.access import Access
 from vapama.spec.hugepages import (
     Pool,
     huge_pages_for,
@@ -25,7 +31,9 @@ from vapama.spec.hugepages import (
     table_pages,
     walk_references,
 )
+from vapama.spec.steps import EPT, NPT, SHADOW, Collapse, Invlpg, Load, Move, Step, Store
 
+DESIGNS = (SHADOW, EPT, NPT)
 SIZES = {"4K": 1, "2M": 2, "1G": 3}
 """The level of each page size."""
 
@@ -93,6 +101,101 @@ def merging(
                 page, fresh = random.randrange(pages), fresh + 1
                 broken += merger.shares(int(process.table[page]) >> 12)
                 host.store(process, page, row_of((1 << 40) + fresh))
+
+
+class Exits(msgspec.Struct, frozen=True):
+    """What a workload costs under a design and with host pages of a size: how often the guest was
+    left, by faults and for what the hypervisor must see, and the tables that it then has.
+    """
+
+    workload: str
+    design: str
+    pages: str
+    steps: int
+    faults: int
+    intercepts: int
+    tables: int
+
+
+WORKLOADS = ("memory", "page tables", "processes")
+"""What guests do: use their memory; edit their page tables too; switch between processes too."""
+EXIT_SIZES = ("4K", "2M")
+
+
+def exits(steps: int, seed: int) -> Iterator[Exits]:
+    """Run each workload on the hypervisor under each design, with small and with huge pages."""
+    for workload, design, pages in product(WORKLOADS, DESIGNS, EXIT_SIZES):
+        plan = overcommit.plan(0, design)
+        hypervisor = Vmm(plan)
+        if pages == "2M":
+            hypervisor.do(Store(0, 0, Access(overcommit.WINDOW, 1), 1))
+            hypervisor.do(Collapse(0, overcommit.BLOCK))
+        vcpu = hypervisor.guests[0].vcpus[0]
+        before, intercepts = vcpu.exits, 0
+        for step in _workload(workload, steps, Random(seed)):
+            hypervisor.do(step)
+            # With two-dimensional paging these do not concern the hypervisor.
+            intercepts += design == SHADOW and isinstance(step, Invlpg | Move)
+        tables = len(hypervisor.guests[0].mmu.pages)
+        faults = vcpu.exits - before
+        yield Exits(workload, design, pages, steps, faults, intercepts, tables)
+
+
+def _workload(workload: str, steps: int, random: Random) -> Iterator[Step]:
+    """Loads and stores to the pages of a large page, and one step in eight what else there is: an
+    entry changed and its page invalidated, or CR3 written.
+    """
+    table = programs.LOW << 12 | overcommit.SMALL << 3
+    for number in range(steps):
+        if number % 8 == 7 and workload == "page tables":
+            page = random.randrange(8)
+            frame = overcommit.BIG.gfn + random.randrange(overcommit.BLOCK)
+            yield Store(0, 0, Access(table + 8 * page, 1), frame << 12 | programs.USED)
+            yield Invlpg(0, 0, overcommit.SMALL + page << 12)
+            yield Load(0, 0, Access(overcommit.SMALL + page << 12))
+        elif number % 8 == 7 and workload == "processes":
+            root = (programs.ROOT, programs.OTHER_ROOT)[number >> 3 & 1]
+            yield Move(0, 0, "cr3", root << 12)
+        else:
+            access = Access(overcommit.WINDOW | random.randrange(overcommit.BLOCK) << 12)
+            write = random.randrange(4) == 0
+            yield Store(0, 0, access._replace(write=1), number) if write else Load(0, 0, access)
+
+
+def panels(walked: Sequence[Walk], scanned: Sequence[Scan], left: Sequence[Exits]) -> list[Panel]:
+    """The plots of a simulation."""
+    sizes = [walk.pages for walk in walked]
+    merged = {
+        "frames saved": [scan.saved for scan in scanned],
+        "copies broken": [scan.broken for scan in scanned],
+    }
+    found = [
+        Panel("KSM over scans", [str(scan.scan) for scan in scanned], merged),
+        Panel(
+            "memory references a walk, by the host's pages",
+            sizes,
+            {"references": [walk.references for walk in walked]},
+            bars=True,
+        ),
+        Panel(
+            "KBytes of tables, by the host's pages",
+            sizes,
+            {"KBytes": [walk.table_bytes >> 10 for walk in walked]},
+            bars=True,
+        ),
+    ]
+    for pages in EXIT_SIZES:
+        series = {
+            design: [
+                1000 * (each.faults + each.intercepts) / each.steps
+                for each in left
+                if (each.design, each.pages) == (design, pages)
+            ]
+            for design in DESIGNS
+        }
+        title = f"exits in 1,000 steps, by workload, with {pages} pages"
+        found.append(Panel(title, WORKLOADS, series, bars=True))
+    return found
 
 
 def setup(size: int, pages: str, mount: str) -> list[str]:

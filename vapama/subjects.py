@@ -114,6 +114,7 @@ SHORT_NAMES: dict[str, Callable[[], Any]] = {
     "unicorn": _unicorn,
     "linux-ksm": lambda: _linux("ksm", "LinuxKsm"),
     "linux-hugetlb": lambda: _linux("hugetlb", "LinuxHugetlb"),
+    "linux-thp": lambda: _linux("thp", "LinuxThp"),
     **{name: partial(machine, name, {}) for name in MACHINES},
     "kvm": _kvm,
 }

@@ -1,1 +1,1 @@
-"""The running Linux' memory management as subjects: KSM and hugetlb, driven step by step."""
+"""The running Linux' memory management as subjects: KSM and huge pages, driven step by step."""

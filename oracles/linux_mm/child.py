@@ -17,6 +17,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 FAILED = ctypes.c_void_p(-1).value
 
@@ -35,6 +36,8 @@ def _do(letter: bytes, a: int, b: int, c: int) -> tuple[int, int]:
         result = ctypes.string_at(a, 1)[0]
     elif letter == b"a":
         result = libc.madvise(a, b, c)
+    elif letter == b"p":
+        result = libc.mprotect(a, b, c)
     elif letter == b"m":
         result = libc.mmap(None, a, 3, b, -1, 0)
         if result == FAILED:

@@ -14,6 +14,8 @@ from vapama.spec.hugepages import (
     PRESENT,
     PRIVATE,
     SHARED,
+    SMALL_PAGES,
+    Block,
     Hugetlb,
     Pool,
     Refused,
@@ -31,7 +33,7 @@ from vapama.spec.hugepages import (
 )
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.paging import ACCESSED, DIRTY, FRAME, PAGE_SIZE
-from vapama.spec.subject import HUGETLB, HUGETLB_BOOKS, LARGE_PAGES, POOL
+from vapama.spec.subject import HUGETLB, HUGETLB_BOOKS, LARGE_PAGES, POOL, THP
 from vapama.spec.words import Condition, Word, bit, ite, low_bits
 
 # Alignment
@@ -515,3 +517,118 @@ def what_fails_leaves_the_books_as_they_were(nondet: Nondet, subject: Any) -> No
 
 BOOKS_LENGTH = Domain(among=tuple(range(1, 41)), scope=(5,))
 BOOKS_STEP = Domain(free=low_bits(11), scope=(0, 2, 1, 3, 0x20, 0x72))
+
+
+# Programs on a block that may be huge
+
+SEEN_PAGES = (0, 1, 2, 254, 255, 256, 510, 511)
+"""The pages that programs touch, and that are looked at."""
+COUNTS = (1, 2, 256, 512)
+
+
+class Touch(IntEnum):
+    """What a step does to a block."""
+
+    WRITE = 0
+    READ = 1
+    DISCARD = 2
+    SPLIT = 3
+    COLLAPSE = 4
+    ADVISE = 5
+
+
+TOUCHES = (
+    *(Touch.WRITE,) * 5,
+    *(Touch.DISCARD,) * 4,
+    *(Touch.COLLAPSE,) * 3,
+    *(Touch.READ, Touch.ADVISE) * 1,
+    *(Touch.SPLIT,) * 2,
+)
+
+
+def touch_word(what: Touch, page: int = 0, count: int = 0, content: int = 0) -> int:
+    """The word that a step is decoded from."""
+    return TOUCHES.index(what) | page << 4 | count << 7 | content << 9
+
+
+TOUCH = Domain(
+    free=low_bits(13),
+    scope=(
+        touch_word(Touch.WRITE, 3, 0, 5),
+        touch_word(Touch.DISCARD, 3),
+        touch_word(Touch.COLLAPSE),
+        touch_word(Touch.SPLIT),
+        touch_word(Touch.DISCARD, 0, 3),
+        touch_word(Touch.READ),
+        touch_word(Touch.ADVISE),
+        touch_word(Touch.WRITE, 0, 0, 7),
+    ),
+)
+
+
+@invariant(
+    source="Linux, admin-guide/mm/transhuge.rst; mm/khugepaged.c",
+    reaches=("huge", "split", "collapsed", "refused"),
+    needs=(THP,),
+    twin="a-collapse-wants-every-page",
+    searched="a program over objects",
+)
+def a_block_is_huge_or_small_as_the_model_says(nondet: Nondet, subject: Any) -> None:
+    """After every step what a block holds, whether it is one huge page, how many pages have frames
+    and what is refused are the model's; a page keeps its frame as long as it does in the model, and
+    the frames of a huge page follow each other from an aligned one.
+    """
+    model, block = Block(), subject.thp()
+    known: dict[int, int] = {}
+    for number in range(nondet.word("length", LENGTH)):
+        raw = nondet.word(f"step {number}", TOUCH)
+        was_huge = model.huge
+        results = _touch(nondet, raw, model, block)
+        assert results[0] == results[1], "what is refused"
+        assert block.huge() == model.huge, "whether it is huge"
+        assert block.present() == len(model.frames), "how many pages have frames"
+        seen = block.frames(SEEN_PAGES)
+        for page, frame in zip(SEEN_PAGES, seen, strict=True):
+            assert (frame is not None) == (page in model.frames), "which pages have frames"
+            if frame is not None:
+                same = known.setdefault(model.frames[page], frame)
+                assert same == frame, "a page has another frame"
+        expected = [model.contents.get(page, 0) for page in SEEN_PAGES]
+        assert block.contents(SEEN_PAGES) == expected, "contents"
+        if model.huge:
+            nondet.reach("huge")
+            first = seen[0]
+            assert first % SMALL_PAGES == 0, "a huge page is not aligned"
+            assert seen == [first + page for page in SEEN_PAGES], "a huge page is in pieces"
+        elif was_huge and model.frames:
+            nondet.reach("split")
+        state = tuple(sorted(model.contents.items())) if not model.huge else tuple(expected)
+        nondet.seen((number, model.mapped, model.advised, state))
+
+
+def _touch(nondet: Nondet, raw: int, model: Block, block: Any) -> tuple[Any, Any]:
+    """Do a step to both; what each says of it."""
+    what, page = TOUCHES[(raw & 0xF) % len(TOUCHES)], SEEN_PAGES[raw >> 4 & 7]
+    count, content = COUNTS[raw >> 7 & 3], raw >> 9 & 0xF
+    match what:
+        case Touch.WRITE:
+            model.write(page, content)
+            block.write(page, content)
+        case Touch.READ:
+            return model.read(page), block.read(page)
+        case Touch.DISCARD:
+            first = page // count * count if count > 2 else min(page, SMALL_PAGES - count)
+            model.discard(first, count)
+            block.discard(first, count)
+        case Touch.SPLIT:
+            model.split()
+            block.split(page)
+        case Touch.COLLAPSE:
+            before = model.huge
+            done = model.collapse()
+            nondet.reach("refused" if not done else "huge" if before else "collapsed")
+            return done, block.collapse()
+        case Touch.ADVISE:
+            model.advised = not model.advised
+            block.advise(int(model.advised))
+    return None, None

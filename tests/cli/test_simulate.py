@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,6 +21,33 @@ def test_the_numbers_of_a_small_simulation(vapama: Any) -> None:
     assert 3 * 32 - 4 * 8 <= told["ksm"][1]["saved"] <= 3 * 32
     assert told["ksm"][0] == {"scan": 1, "scanned": 256, "saved": 0, "broken": 0}
     assert any("nr_hugepages" in line for line in told["setup"])
+
+
+def test_exits_are_fewest_where_the_hardware_walks_and_pages_are_huge(
+    vapama: Any, tmp_path: Path
+) -> None:
+    plot = tmp_path / "plots.svg"
+    sizes = ("--size", "16", "--scans", "3", "--steps", "400")
+    result = vapama("simulate", *sizes, "--json", "--plot", str(plot))
+    assert result.status == 0
+    told = json.loads(result.out)["exits"]
+    left = {(e["workload"], e["design"], e["pages"]): e["faults"] + e["intercepts"] for e in told}
+    assert len(left) == 3 * 3 * 2
+    for workload in simulate.WORKLOADS:
+        for design in simulate.DESIGNS:
+            assert left[workload, design, "2M"] < left[workload, design, "4K"]
+    assert left["page tables", "ept", "2M"] < left["page tables", "shadow", "2M"]
+    assert left["processes", "npt", "2M"] < left["processes", "shadow", "2M"]
+    image = ElementTree.fromstring(plot.read_text())
+    assert sum(child.tag.endswith("rect") for child in image) == 2 * 3 + 2 * 3 * 3
+    assert sum(child.tag.endswith("polyline") for child in image) == 2
+
+
+def test_plots_that_cannot_be_written_are_bad_input(vapama: Any, tmp_path: Path) -> None:
+    small = ("--size", "16", "--scans", "1", "--steps", "8")
+    result = vapama("simulate", *small, "--plot", str(tmp_path / "no" / "where.svg"))
+    assert result.status == 2
+    assert "cannot write the plots" in result.err
 
 
 @pytest.mark.parametrize("option", ["--pages", "--guest-pages"])

@@ -26,6 +26,7 @@ from vapama.oracles import bare_metal, kvm, linux, nested_kvm
 from vapama.oracles.departures import BOCHS, QEMU
 from vapama.oracles.linux_mm.hugetlb import LinuxHugetlb
 from vapama.oracles.linux_mm.ksm import LinuxKsm
+from vapama.oracles.linux_mm.thp import LinuxThp
 from vapama.oracles.registry import ORACLES, missing
 from vapama.oracles.unicorn import DEPARTURES, Unicorn
 from vapama.spec import subject as subjects
@@ -384,6 +385,7 @@ CAPABILITIES = {
     "unicorn": Unicorn.capabilities,
     "linux-ksm": LinuxKsm.capabilities,
     "linux-hugetlb": LinuxHugetlb.capabilities,
+    "linux-thp": LinuxThp.capabilities,
     **{name: Capabilities(observes=bare_metal.OBSERVES) for name in MACHINES},
     "kvm": Capabilities(observes=frozenset({subjects.PA})),
 }

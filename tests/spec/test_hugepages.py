@@ -74,5 +74,7 @@ def test_a_block_is_split_by_a_part_and_collapsed_again() -> None:
     assert len(block.contents) == SMALL_PAGES
     block.discard(5, 1)
     assert (block.huge, 5 in block.contents, block.contents[3]) == (False, False, 9)
+    assert block.frames[3] == 3
     assert block.collapse()
     assert (block.huge, block.contents[5], block.contents[3]) == (True, 0, 9)
+    assert block.frames[3] != 3
