@@ -4,6 +4,7 @@
 function, over all words, with no bound on how many pages, processors or frames there are.
 """
 
+from collections.abc import Iterator
 from operator import is_
 from typing import Protocol
 
@@ -81,6 +82,15 @@ class Drawn:
             word = ite(same, known_word, word)
         self.drawn.append((place, word))
         return word
+
+    def told(self) -> Iterator[str]:
+        """The words at the places asked for, and what they have become, of a run on ints."""
+        for place, first in self.drawn:
+            word = first
+            for start, changed in self.changes:
+                word = ite(_starts(place, start), changed, word)
+            then = "" if word == first else f", then {word:#x}"
+            yield f"{self.name}({', '.join(map(hex, place))}) = {first:#x}{then}"
 
     def put(self, *place_and_word: Word) -> None:
         """Change the word at one place."""

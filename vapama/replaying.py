@@ -1,8 +1,9 @@
 """Cases run again by every engine, and explained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vapama.case import BadInput, Case, load_case
@@ -35,6 +36,7 @@ from vapama.snapshot.truth import load_snapshot
 from vapama.spec import nested, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
+from vapama.spec.maps import Drawn
 from vapama.spec.memory import Image, Memory
 from vapama.spec.nondet import Invariant, Reject
 from vapama.spec.outcomes import Outcome
@@ -135,6 +137,21 @@ class Recorded(Guarded):
         self.recorded: list[tuple[Walk, Outcome | None]] = []
         self.parts: list[RecordedPart] = []
         """Parts with a state of their own (see `GuardedPart`), as programs run on them."""
+        self.maps: list[Drawn] = []
+        """What states of a model are made of."""
+
+    def coherence(self) -> Any:
+        """The model, of which each state is kept."""
+        model = super().coherence()
+
+        def state(new: Callable[[str], Drawn], *args: Any, **named: Any) -> Any:
+            def kept(name: str) -> Drawn:
+                self.maps.append(new(name))
+                return self.maps[-1]
+
+            return model.Model(kept, *args, **named)
+
+        return SimpleNamespace(Model=state)
 
     def __getattr__(self, name: str) -> Any:
         """A faculty; a part with a state of its own that it gives is recorded."""
@@ -217,6 +234,8 @@ def explain_case(path: Path, subject_name: str | None = None) -> Iterator[str]:
     for part in subject.parts:
         yield ""
         yield from part.told
+    for drawn in subject.maps:
+        yield from drawn.told()
     yield ""
     yield f"the claim {answer.text}"
 
