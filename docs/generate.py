@@ -127,6 +127,7 @@ def _entry(invariant: Invariant) -> str:
         "rests on": ", ".join(f"`{name}`" for name in invariant.uses),
         "searched": invariant.searched,
         "not run by": ", ".join(invariant.unsuited),
+        "proved of": "all natural numbers" if invariant.counts else "",
     }
     listed = "".join(f"- {name}: {value}\n" for name, value in rows.items() if value)
     return f"### {invariant.name}\n\n{claim}\n\n{listed}"

@@ -61,15 +61,15 @@ def _same(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:
     return len(a) == len(b) and all(x.eq(y) for x, y in zip(a, b, strict=True))
 
 
-def smtlib(formula: z3.BoolRef) -> str:
-    """SMT-LIB text that is unsatisfiable just if `formula` is valid."""
+def smtlib(formula: z3.BoolRef, logic: str = "QF_AUFBV") -> str:
+    """SMT-LIB text that is unsatisfiable just if `formula`, of this logic, is valid."""
     solver = z3.SolverFor("QF_ABV")
     solver.add(z3.Not(formula))
     text: str = solver.to_smt2()
     # bitwuzla has no equality of values of a sort that is not interpreted. They are only compared
     # and given to functions, so words will do: there are more of them than terms in a formula.
     text = re.sub(r"\(declare-sort (\S+) 0\)", r"(define-sort \1 () (_ BitVec 32))", text)
-    return "(set-logic QF_AUFBV)\n" + text
+    return f"(set-logic {logic})\n" + text
 
 
 def valid_by_z3(formula: z3.BoolRef, rlimit: int = 0) -> str:
@@ -96,3 +96,22 @@ def valid_by_bitwuzla(text: str, seconds: float = 0) -> str:
     if answer == bitwuzla.Result.UNSAT:
         return "valid"
     return "not valid" if answer == bitwuzla.Result.SAT else "unknown"
+
+
+def valid_by_cvc5(text: str, seconds: float = 0) -> str:
+    """By cvc5, of SMT-LIB text made by `smtlib`: "valid", "not valid" or "unknown"."""
+    import cvc5
+
+    solver = cvc5.Solver(cvc5.TermManager())
+    if seconds:
+        solver.setOption("tlimit-per", str(int(seconds * 1000)))
+    parser = cvc5.InputParser(solver)
+    parser.setStringInput(cvc5.InputLanguage.SMT_LIB_2_6, text.replace("(check-sat)", ""), "")
+    command = parser.nextCommand()
+    while not command.isNull():
+        command.invoke(solver, parser.getSymbolManager())
+        command = parser.nextCommand()
+    answer = solver.checkSat()
+    if answer.isUnsat():
+        return "valid"
+    return "not valid" if answer.isSat() else "unknown"

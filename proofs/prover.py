@@ -28,6 +28,7 @@ from vapama.fuzz.random_engine import Search
 from vapama.proofs import completeness
 from vapama.proofs.ledger import Circular, settle, with_lemmas
 from vapama.proofs.lemmas import resting_on
+from vapama.proofs.naturals import Naturals
 from vapama.proofs.symbolic import Explorer, NotDeterministic, Path, Undecided, Unfaithful
 from vapama.runs import (
     Guarded,
@@ -52,6 +53,11 @@ from vapama.verdict import (
 ENGINE = "z3"
 RLIMIT = 20_000_000
 SECOND_SOLVER_SECONDS = 120.0
+SECOND_SOLVERS = {
+    False: ("QF_AUFBV", "bitwuzla", "valid_by_bitwuzla"),
+    True: ("QF_LIA", "cvc5", "valid_by_cvc5"),
+}
+"""By whether a claim only counts: the logic, and who decides it a second time."""
 WITNESS_RUNS = 100_000
 """Runs on plain ints, at most, to witness what a proof under lemmas reaches or where it fails."""
 Progress = Callable[[int], None]
@@ -115,12 +121,17 @@ def prove(
     return verdict
 
 
+def _explorer(invariant: Invariant) -> type[Explorer]:
+    """What explores it: symbols that stand for words, or for any natural numbers."""
+    return Naturals if invariant.counts else Explorer
+
+
 def _prove(
     invariant: Invariant, subject: Guarded, options: Options, progress: Progress, verdict: Verdict
 ) -> None:
     with_lemmas([invariant], options.lemmas)
     lemmas = [options.lemmas[name] for name in invariant.uses]
-    explorer = Explorer(options.rlimit, subject.capabilities.narrow)
+    explorer = _explorer(invariant)(options.rlimit, subject.capabilities.narrow)
     explorer.on_path = progress
     try:
         with (
@@ -224,13 +235,14 @@ def _vacuous(invariant: Invariant, paths: list[Path]) -> str:
 
 def _incomplete(invariant: Invariant, paths: list[Path], options: Options, verdict: Verdict) -> str:
     formula = completeness.completeness(paths)
-    text = completeness.smtlib(formula)
+    logic, solver, valid = SECOND_SOLVERS[invariant.counts]
+    text = completeness.smtlib(formula, logic)
     if options.export is not None:
         options.export.mkdir(parents=True, exist_ok=True)
         (options.export / f"{invariant.name}.smt2").write_text(text)
     start = time.monotonic()
-    answers = {"bitwuzla": completeness.valid_by_bitwuzla(text, SECOND_SOLVER_SECONDS)}
-    verdict.second_solver = f"{answers['bitwuzla']}, {time.monotonic() - start:.1f} s"
+    answers = {solver: getattr(completeness, valid)(text, SECOND_SOLVER_SECONDS)}
+    verdict.second_solver = f"{answers[solver]}, {time.monotonic() - start:.1f} s"
     if options.z3_again:
         answers["z3"] = completeness.valid_by_z3(formula, 50 * options.rlimit)
     for solver, answer in answers.items():
@@ -241,7 +253,7 @@ def _incomplete(invariant: Invariant, paths: list[Path], options: Options, verdi
 
 def _untrue_witness(invariant: Invariant, subject: Guarded, options: Options) -> str:
     """Explore again, and run the concrete model of each path: it must reach the same labels."""
-    explorer = Explorer(options.rlimit, subject.capabilities.narrow)
+    explorer = _explorer(invariant)(options.rlimit, subject.capabilities.narrow)
     wrong: list[str] = []
 
     def claim() -> None:
@@ -314,7 +326,7 @@ def replay_pinned(invariant: Invariant, subject: Guarded, case: Case) -> str | N
 
     Returns what failed, or None. Raises `Reject` if the Case breaks an assumption.
     """
-    explorer = Explorer(RLIMIT, subject.capabilities.narrow, pins=case.values())
+    explorer = _explorer(invariant)(RLIMIT, subject.capabilities.narrow, pins=case.values())
     paths = explorer.explore(lambda: _claim(invariant, explorer, subject))
     if all(path.pruned for path in paths):
         raise Reject

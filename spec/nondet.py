@@ -272,7 +272,8 @@ class Invariant:
     must be seen to refute. `bound` says what a proof does not range over, if anything. `searched`
     says why a claim is left to the engines that search and not proved, if it is, such as a program
     of many steps over objects. `unsuited` are engines whose scope holds too little of it to say
-    something: there it is not run, and another claim is for them.
+    something: there it is not run, and another claim is for them. `counts` says that it adds,
+    subtracts and compares numbers and looks at no bits: then it is proved for any natural numbers.
     """
 
     name: str
@@ -286,6 +287,7 @@ class Invariant:
     uses: tuple[str, ...] = ()
     equates: tuple[Callable[..., Any], str] | None = None
     unsuited: tuple[str, ...] = ()
+    counts: bool = False
 
     @property
     def title(self) -> str:
@@ -312,6 +314,7 @@ def invariant(
     uses: Sequence[str] = (),
     equates: tuple[Callable[..., Any], str] | None = None,
     unsuited: Sequence[str] = (),
+    counts: bool = False,
 ) -> Callable[[Claim], Claim]:
     """Register the decorated function as an invariant.
 
@@ -340,6 +343,7 @@ def invariant(
             tuple(uses),
             equates,
             tuple(unsuited),
+            counts,
         )
         return claim
 

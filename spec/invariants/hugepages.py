@@ -209,23 +209,18 @@ CHANGE = Domain(
 # Pools
 
 COUNT = Domain(free=low_bits(20), bias=lambda raw: raw >> 8 & 7, scope=(0, 1, 2))
-FEW = Domain(free=low_bits(4), bias=lambda raw: raw >> 8 & 7, scope=(0, 1, 2))
-"""Pages of a pool of which all is proved: sums and differences of more bits take too long."""
 
 
-def any_pool(nondet: Nondet, pages: Domain) -> Pool:
+def any_pool(nondet: Nondet) -> Pool:
     """Any pool that holds."""
-    persistent, surplus, free, reserved, overcommit = nondet.words(
-        MANY_DRAWS if pages is COUNT else FEW_DRAWS
-    )
+    persistent, surplus, free, reserved, overcommit = nondet.words(POOL_DRAWS)
     pool = Pool(persistent + surplus, free, reserved, surplus, overcommit)
     nondet.assume((reserved <= free) & (free <= pool.total))
     return pool
 
 
 OF_A_POOL = ("persistent", "surplus", "free", "reserved", "overcommit")
-MANY_DRAWS = tuple((name, COUNT) for name in OF_A_POOL)
-FEW_DRAWS = tuple((name, FEW) for name in OF_A_POOL)
+POOL_DRAWS = tuple((name, COUNT) for name in OF_A_POOL)
 OPERATIONS = ("resize", "reserve", "unreserve", "take", "give")
 
 
@@ -234,17 +229,17 @@ OPERATIONS = ("resize", "reserve", "unreserve", "take", "give")
     reaches=(*OPERATIONS, "refused", "surplus"),
     needs=(POOL,),
     twin="a-fault-takes-a-promised-page",
-    bound="pools of up to 30 pages, counts below 16; one operation from any state that holds",
+    counts=True,
 )
 def a_pool_keeps_its_promises(nondet: Nondet, subject: Any) -> None:
     """0 <= reserved <= free <= total and 0 <= surplus <= total after any operation that began so,
-    the pool is the reference's, and what is refused changes nothing.
+    the pool is the reference's, and what is refused changes nothing. It is so of an empty pool.
     """
     k = subject.pool()
     what = nondet.one_of("operation", OPERATIONS)
     nondet.reach(what)
-    pool = any_pool(nondet, FEW)
-    count, promised = nondet.word("count", FEW), nondet.flag("promised")
+    pool = any_pool(nondet)
+    count, promised = nondet.word("count", COUNT), nondet.flag("promised")
     before = (*pool, 0)
     reference: Callable[[], Pool]
     if what == "resize":
@@ -311,14 +306,14 @@ def mount_holds(mount: Mount) -> Condition:
     reaches=("refused by the mount", "refused by the pool", "promised"),
     needs=(POOL,),
     twin="a-refused-reservation-stays-in-the-mount",
-    bound="any mount and pool of fewer than 2^20 pages",
+    counts=True,
 )
 def a_mount_and_its_pool_promise_all_or_nothing(nondet: Nondet, subject: Any) -> None:
     """A reservation in a mount with sizes of its own is made by the mount and by the pool, or
     leaves both as they were; giving it back leads to where it began.
     """
     k = subject.pool()
-    pool = any_pool(nondet, COUNT)
+    pool = any_pool(nondet)
     mount = any_mount(nondet)
     count = nondet.word("count", COUNT)
     nondet.assume(mount.spare <= pool.reserved)
