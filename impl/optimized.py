@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as np_typing
 
 from vapama.impl.faculties import HostMemory
-from vapama.impl.kernels import ept, legacy, long_mode, nested, npt, tlb, tlb_nested
+from vapama.impl.kernels import batches, ept, legacy, long_mode, nested, npt, tlb, tlb_nested
 from vapama.impl.tlb import GuestOperations, Operations, Overlay
 from vapama.impl.vmm import Vmm
 from vapama.spec.access import Access, GuestPhysicalAccess
@@ -107,6 +107,12 @@ def stage_controls(stage: Stage) -> tuple[Word, Word, Word]:
     return mode, npt.reserved_word(mode, stage.maxphyaddr), stage.ncr3
 
 
+def stage_words(stage: Stage) -> tuple[Word, Word, Word, Word]:
+    """The same with the kind of second stage before it, where a kernel is for both."""
+    kind = nested.EPT if isinstance(stage, Ept) else nested.NPT
+    return (kind, *stage_controls(stage))
+
+
 def nested_controls(
     cpu: Cpu, stage: Stage
 ) -> tuple[Word, Word, Word, Word, Word, Word, Word, Word, Word]:
@@ -116,8 +122,7 @@ def nested_controls(
     """
     if not cpu.efer & LMA:
         raise NotCovered("two-dimensional kernels walk guests in 4-level and 5-level paging alone")
-    kind = nested.EPT if isinstance(stage, Ept) else nested.NPT
-    return (*controls(cpu), kind, *stage_controls(stage))
+    return (*controls(cpu), *stage_words(stage))
 
 
 def stage_kernels(stage: Stage) -> ModuleType:
@@ -180,7 +185,7 @@ class Optimized(HostMemory):
         symbolic=True,
     )
 
-    kernels = (long_mode, legacy, ept, npt, nested, tlb)
+    kernels = (long_mode, legacy, ept, npt, nested, batches, tlb)
     """The modules under test, whose branches a fuzzer looks at."""
 
     def opaque(self, faculty: str) -> list[tuple[ModuleType, str]]:
@@ -212,15 +217,16 @@ class Optimized(HostMemory):
         self, cpu: Cpu, memory: Memory, addresses: Sequence[int], access: Access
     ) -> list[Outcome]:
         """The outcomes of the batch kernel. Their updates are empty: it sets no flags."""
-        kernels, words = _kernels(cpu)
+        kernel, words = _batch(cpu)
         statuses, values = [0] * len(addresses), [0] * len(addresses)
-        kernels.translate_many(
+        kernel(
             Entries(memory),
             memory.limit >> 3,
             *words,
             addresses,
+            len(addresses),
             access_word(access),
-            [0] * 6,
+            *self._lanes(),
             statuses,
             values,
         )
@@ -252,13 +258,14 @@ class Optimized(HostMemory):
     ) -> list[Outcome]:
         """The outcomes of the second stage's batch kernel. Their updates are empty."""
         statuses, values = [0] * len(gpas), [0] * len(gpas)
-        stage_kernels(stage).translate_many(
+        batches.second_stage_many(
             Entries(memory),
             memory.limit >> 3,
-            *stage_controls(stage),
+            *stage_words(stage),
             gpas,
+            len(gpas),
             guest_physical_word(access),
-            [0] * 6,
+            *self._lanes(),
             statuses,
             values,
         )
@@ -285,17 +292,26 @@ class Optimized(HostMemory):
     ) -> list[Outcome]:
         """The outcomes of the two-dimensional batch kernel. Their updates are empty."""
         results = [[0] * len(addresses) for _ in range(3)]
-        nested.translate_many(
+        batches.translate_nested_many(
             Entries(memory),
             memory.limit >> 3,
             *nested_controls(cpu, stage),
             addresses,
+            len(addresses),
             access_word(access),
             [[0] * 6 for _ in range(6)],
             [0] * 18,
+            *self._lanes(),
             *results,
         )
         return [nested_outcome(stage, gpa, s, v) for s, v, gpa in zip(*results, strict=True)]
+
+    WIDTH = 2
+    """How many walks are a group: so few that two groups are soon met."""
+
+    def _lanes(self) -> tuple[list[list[int]], int]:
+        """What the batch kernels keep of a group, and how many walks it has."""
+        return [[0] * max(self.WIDTH, 6) for _ in range(batches.ROWS)], self.WIDTH
 
     def vmm(self, plan: Plan) -> Vmm:
         """A hypervisor at power-on."""
@@ -393,6 +409,12 @@ def _kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:
     return legacy, legacy_controls(cpu, Pdptes(cpu.pdptes))
 
 
+def _batch(cpu: Cpu) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """The batch kernel for a control state's mode, and what it needs of it."""
+    kernels, words = _kernels(cpu)
+    return batches.translate_many if kernels is long_mode else batches.translate_many_singly, words
+
+
 def _compiled_kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:
     """The same for machine code."""
     if cpu.efer & LMA:
@@ -461,20 +483,9 @@ class Compiled:
         self, cpu: Cpu, memory: Sparse, addresses: Sequence[int], access: Access
     ) -> list[Outcome]:
         """The outcomes of the compiled batch kernel."""
-        kernels, words = _compiled_kernels(cpu)
         image, indices = self._load(memory)
-        statuses = np.zeros(len(addresses), dtype=np.uint64)
-        values = np.zeros_like(statuses)
-        self._compiled(kernels.translate_many)(
-            image,
-            *_words(memory.limit >> 3),
-            *words,
-            np.array(addresses, dtype=np.uint64),
-            *_words(access_word(access)),
-            self._path,
-            statuses,
-            values,
-        )
+        image = image[: memory.limit >> 3]
+        statuses, values = translate_array(cpu, image, _row(addresses), access)
         image[indices] = 0
         results = zip(statuses.tolist(), values.tolist(), strict=True)
         return [outcome(status, value) for status, value in results]
@@ -511,14 +522,13 @@ class Compiled:
     ) -> list[Outcome]:
         """The outcomes of the second stage's compiled batch kernel."""
         image, indices = self._load(memory)
-        statuses = np.zeros(len(gpas), dtype=np.uint64)
-        values = np.zeros_like(statuses)
-        self._compiled(stage_kernels(stage).translate_many)(
+        statuses, values = np.zeros((2, len(gpas)), dtype=np.uint64)
+        self._compiled(batches.second_stage_many)(
             image,
-            *_words(memory.limit >> 3, *stage_controls(stage)),
-            np.array(gpas, dtype=np.uint64),
-            *_words(guest_physical_word(access)),
-            self._path,
+            *_words(memory.limit >> 3, *stage_words(stage)),
+            _row(gpas),
+            *_words(len(gpas), guest_physical_word(access)),
+            *_lanes(),
             statuses,
             values,
         )
@@ -565,20 +575,13 @@ class Compiled:
         access: Access,
     ) -> list[Outcome]:
         """The outcomes of the compiled two-dimensional batch kernel."""
-        words = nested_controls(cpu, stage)
+        nested_controls(cpu, stage)  # refuses what is not covered while the image is empty
         image, indices = self._load(memory)
-        results = np.zeros((3, len(addresses)), dtype=np.uint64)
-        self._compiled(nested.translate_many)(
-            image,
-            *_words(memory.limit >> 3, *words),
-            np.array(addresses, dtype=np.uint64),
-            *_words(access_word(access)),
-            self._paths,
-            self._trace,
-            *results,
-        )
+        image = image[: memory.limit >> 3]
+        results = translate_nested_array(cpu, stage, image, _row(addresses), access)
         image[indices] = 0
-        return [nested_outcome(stage, gpa, s, v) for s, v, gpa in results.T.tolist()]
+        triples = zip(*(row.tolist() for row in results), strict=True)
+        return [nested_outcome(stage, gpa, status, value) for status, value, gpa in triples]
 
     def _updates(self, memory: Sparse, indices: list[int], translated: bool) -> tuple[Update, ...]:
         """The flags that a walk set in the image; with all the entries if it translated. The image
@@ -708,13 +711,14 @@ def translate_nested_array(
     from vapama.impl.kernels.compiled import compiled
 
     statuses, values, gpas = (np.zeros_like(addresses) for _ in range(3))
-    compiled(nested.translate_many)(
+    compiled(batches.translate_nested_many)(
         image,
         *_words(len(image), *nested_controls(cpu, stage)),
         addresses,
-        *_words(access_word(access)),
+        *_words(len(addresses), access_word(access)),
         np.zeros((6, 6), dtype=np.uint64),
         np.zeros(18, dtype=np.uint64),
+        *_lanes(),
         statuses,
         values,
         gpas,
@@ -736,14 +740,15 @@ def translate_array(
     from vapama.impl.kernels.compiled import compiled
 
     statuses, values = np.zeros_like(addresses), np.zeros_like(addresses)
-    kernels, words = _compiled_kernels(cpu)
-    compiled(kernels.translate_many)(
+    kernel, _ = _batch(cpu)
+    _, words = _compiled_kernels(cpu)
+    compiled(kernel)(
         image,
         *_words(len(image)),
         *words,
         addresses,
-        *_words(access_word(access)),
-        np.zeros(6, dtype=np.uint64),
+        *_words(len(addresses), access_word(access)),
+        *_lanes(),
         statuses,
         values,
     )
@@ -785,6 +790,21 @@ def stage_outcome(
 
 def _words(*values: int) -> tuple[np.uint64, ...]:
     return tuple(map(np.uint64, values))
+
+
+def _row(values: Sequence[int]) -> np_typing.NDArray[np.uint64]:
+    return np.array(values, dtype=np.uint64)
+
+
+WIDTH = 64
+"""How many walks are a group in machine code: of 32, the loops around them take longer, and more
+gain nothing.
+"""
+
+
+def _lanes() -> tuple[np_typing.NDArray[np.uint64], np.uint64]:
+    """What the batch kernels keep of a group, and how many walks it has."""
+    return np.zeros((batches.ROWS, WIDTH), dtype=np.uint64), np.uint64(WIDTH)
 
 
 def nested_outcome(

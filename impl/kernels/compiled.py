@@ -16,12 +16,21 @@ from typing import Any
 import numba
 import numpy as np
 
-from vapama.spec.words import WORD
+from vapama.spec.words import WORD, Condition, Word, ite
 
 Kernel = Callable[..., Any]
 
 APART = ("walk_stage", "second", "walk_cached", "commit")
 """Kernels too large to be inlined: two walks, called from several places, and what calls them."""
+
+
+def select(condition: Condition, then: Word, otherwise: Word) -> Word:
+    """`ite` on conditions that are known."""
+    return then if condition else otherwise
+
+
+INSTEAD: dict[object, Kernel] = {ite: select}
+"""What is compiled in place of functions that ask what kind of condition they are given."""
 
 _compiled: dict[Kernel, Kernel] = {}
 
@@ -63,6 +72,7 @@ def fingerprint(kernel: Kernel) -> str:
     parts = [code.co_code.hex(), repr(code.co_consts)]
     for name in _globals_of(kernel):
         value = kernel.__globals__[name]
+        value = INSTEAD.get(value, value) if callable(value) else value
         known = fingerprint(value) if isinstance(value, types.FunctionType) else repr(value)
         parts.append(f"{name} {known}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -78,7 +88,7 @@ def _constant(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_constant, value))
     if isinstance(value, types.FunctionType):
-        return compiled(value)
+        return compiled(INSTEAD.get(value, value))
     return value
 
 

@@ -12,7 +12,7 @@ take and give, besides those of `long_mode`:
   leaves undefined; MISCONFIGURED; OUTSIDE, value is the physical address of the missing entry.
 """
 
-from vapama.impl.kernels.long_mode import FRAME, OUTSIDE, Row, Store, Words
+from vapama.impl.kernels.long_mode import FRAME, OUTSIDE, Store, Words
 from vapama.spec.words import Word
 
 VIOLATION = 8
@@ -182,22 +182,3 @@ def walk_and_mark(
     if status < VIOLATION:
         mark_walk(marks, mode, status, access, path)
     return status, value
-
-
-def translate_many(
-    memory: Words,
-    entries: Word,
-    mode: Word,
-    reserved: Word,
-    eptp: Word,
-    gpas: Row,
-    access: Word,
-    path: Store,
-    statuses: Store,
-    values: Store,
-) -> None:
-    """`walk` for each of `gpas`, into `statuses` and `values`; sets no flags."""
-    for i in range(len(gpas)):
-        status, value = walk(memory, entries, mode, reserved, eptp, gpas[i], access, path)
-        statuses[i] = status
-        values[i] = value

@@ -23,7 +23,6 @@ from vapama.impl.kernels.long_mode import (
     MODE_SMEP,
     MODE_WP,
     OUTSIDE,
-    Row,
     Store,
     Words,
     finish,
@@ -218,28 +217,6 @@ def walk_and_mark(
     if 1 <= status < FAULT:
         mark(marks, mode, status, access >> 1 & 1, path)
     return status, value
-
-
-def translate_many(
-    memory: Words,
-    entries: Word,
-    mode: Word,
-    reserved: Word,
-    cr3: Word,
-    pdptes: Words,
-    addresses: Row,
-    access: Word,
-    path: Store,
-    statuses: Store,
-    values: Store,
-) -> None:
-    """`walk` for each of `addresses`, into `statuses` and `values`; sets no flags."""
-    for i in range(len(addresses)):
-        status, value = walk(
-            memory, entries, mode, reserved, cr3, pdptes, addresses[i], access, path
-        )
-        statuses[i] = status
-        values[i] = value
 
 
 def load_pdptes(memory: Words, entries: Word, reserved: Word, cr3: Word, pdptes: Store) -> Word:

@@ -42,13 +42,6 @@ class Words(Protocol):
         """The word at `index`."""
 
 
-class Row(Words, Protocol):
-    """Words to read that are all there, so that they can be counted."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-
 class Store(Words, Protocol):
     """Words to read and write."""
 
@@ -228,26 +221,3 @@ def walk_and_mark(
             levels = 5
         mark(marks, levels, status, access >> 1 & 1, path)
     return status, value
-
-
-def translate_many(
-    memory: Words,
-    entries: Word,
-    mode: Word,
-    reserved: Word,
-    cr3: Word,
-    pkru: Word,
-    pkrs: Word,
-    addresses: Row,
-    access: Word,
-    path: Store,
-    statuses: Store,
-    values: Store,
-) -> None:
-    """`walk` for each of `addresses`, into `statuses` and `values`; sets no flags."""
-    for i in range(len(addresses)):
-        status, value = walk(
-            memory, entries, mode, reserved, cr3, pkru, pkrs, addresses[i], access, path
-        )
-        statuses[i] = status
-        values[i] = value

@@ -33,7 +33,6 @@ from vapama.impl.kernels.long_mode import (
     MODE_SMEP,
     NONCANONICAL,
     OUTSIDE,
-    Row,
     Store,
     Words,
     finish,
@@ -275,47 +274,3 @@ def walk_and_mark(
     if status < FAULT:
         mark(marks, mode, stage, stage_mode, access, paths, trace)
     return status, value, gpa
-
-
-def translate_many(
-    memory: Words,
-    entries: Word,
-    mode: Word,
-    reserved: Word,
-    cr3: Word,
-    pkru: Word,
-    pkrs: Word,
-    stage: Word,
-    stage_mode: Word,
-    stage_reserved: Word,
-    root: Word,
-    addresses: Row,
-    access: Word,
-    paths: Sequence[Store],
-    trace: Store,
-    statuses: Store,
-    values: Store,
-    gpas: Store,
-) -> None:
-    """`walk` for each of `addresses`, into `statuses`, `values` and `gpas`; sets no flags."""
-    for i in range(len(addresses)):
-        status, value, gpa = walk(
-            memory,
-            entries,
-            mode,
-            reserved,
-            cr3,
-            pkru,
-            pkrs,
-            stage,
-            stage_mode,
-            stage_reserved,
-            root,
-            addresses[i],
-            access,
-            paths,
-            trace,
-        )
-        statuses[i] = status
-        values[i] = value
-        gpas[i] = gpa

@@ -14,7 +14,7 @@ take and give, besides those of `long_mode`:
   entry that memory does not hold.
 """
 
-from vapama.impl.kernels.long_mode import FAULT, FRAME, OUTSIDE, Row, Store, Words
+from vapama.impl.kernels.long_mode import FAULT, FRAME, OUTSIDE, Store, Words
 from vapama.spec.words import Word
 
 LEGACY, PAE, FOUR, FIVE = 0, 1, 2, 3
@@ -214,22 +214,3 @@ def walk_and_mark(
     if status < FAULT:
         mark_walk(marks, mode, status, access, path)
     return status, value
-
-
-def translate_many(
-    memory: Words,
-    entries: Word,
-    mode: Word,
-    reserved: Word,
-    ncr3: Word,
-    gpas: Row,
-    access: Word,
-    path: Store,
-    statuses: Store,
-    values: Store,
-) -> None:
-    """`walk` for each of `gpas`, into `statuses` and `values`; sets no flags."""
-    for i in range(len(gpas)):
-        status, value = walk(memory, entries, mode, reserved, ncr3, gpas[i], access, path)
-        statuses[i] = status
-        values[i] = value

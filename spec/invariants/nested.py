@@ -141,11 +141,15 @@ def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> Non
 def translate_nested_many_equals_the_walk_elementwise(nondet: Nondet, subject: Any) -> None:
     """Each outcome of a batch is that of the same address alone."""
     cpu, stage, memory, access = _under_ept(nondet)
-    addresses = [access.address, access.address ^ nondet.word("difference", DIFFERENCE)]
+    other = access.address ^ nondet.word("difference", DIFFERENCE)
+    addresses = [access.address, other, other]
+    alone = [
+        subject.translate_nested(cpu, stage, memory, access._replace(address=address))
+        for address in addresses
+    ]
     batch = subject.translate_nested_many(cpu, stage, memory, addresses, access)
     assert len(batch) == len(addresses)
-    for address, many in zip(addresses, batch, strict=True):
-        one = subject.translate_nested(cpu, stage, memory, access._replace(address=address))
+    for one, many in zip(alone, batch, strict=True):
         nondet.reach(kind(one))
         assert type(one) is type(many)
         if isinstance(one, Translated):

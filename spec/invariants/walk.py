@@ -226,11 +226,12 @@ def five_levels_with_top_index_zero_equal_four(nondet: Nondet, subject: Any) -> 
 def translate_many_equals_the_walk_elementwise(nondet: Nondet, subject: Any) -> None:
     """Each outcome of a batch is that of the same address alone."""
     cpu, memory, access = nondet.cpu(), nondet.memory("guest"), nondet.access()
-    addresses = [access.address, access.address ^ nondet.word("difference", DIFFERENCE)]
+    other = access.address ^ nondet.word("difference", DIFFERENCE)
+    addresses = [access.address, other, other]
+    alone = [subject.translate(cpu, memory, access._replace(address=a)) for a in addresses]
     batch = subject.translate_many(cpu, memory, addresses, access)
     assert len(batch) == len(addresses)
-    for address, many in zip(addresses, batch, strict=True):
-        one = subject.translate(cpu, memory, access._replace(address=address))
+    for one, many in zip(alone, batch, strict=True):
         nondet.reach(kind(one))
         assert type(one) is type(many)
         if isinstance(one, Translated):
