@@ -24,13 +24,11 @@ from vapama.impl.kernels.long_mode import (
     FAULT,
     FRAME,
     MODE_LA57,
-    MODE_LAM_SUP,
     MODE_PAGE1GB,
     Store,
     Words,
     access_code,
     finish,
-    without_metadata,
 )
 from vapama.impl.kernels.long_mode import walk as walk_guest
 from vapama.impl.kernels.nested import EPT, TABLE, walk_stage
@@ -107,8 +105,8 @@ def judged(
     no_large: Word,
     typed: Flag,
 ) -> tuple[Word, Word]:
-    """The offsets of the page, if it is found by now, and whether the walk is odd, by its entry of a
-    level; as they were if the page was found above. See `descend`.
+    """The offsets of the page, if it is found by now, and whether the walk is odd, by one entry; as
+    they were if the page was found above. See `descend`.
     """
     below = (1 << (3 + 9 * level)) - 1
     may_map, maps = 0x80, 0
@@ -169,7 +167,7 @@ def translate_many(
     first = 0
     while first < number:
         count = ite(number - first < width, number - first, width)
-        begin(mode, cr3, addresses, first, access, levels, special, lanes, count)
+        begin(addresses, first, levels, special, lanes, count)
         if not special:
             descend(memory, entries, cr3, levels, reserved, 0, no_large, 0, lanes, 0, count)
         for j in range(count):
@@ -214,29 +212,22 @@ def translate_many_singly(
 
 
 def begin(
-    mode: Word,
-    cr3: Word,
     addresses: Words,
     first: Word,
-    access: Word,
     levels: Word,
     special: Word,
     lanes: Sequence[Store],
     count: Word,
 ) -> None:
-    """The linear addresses from `first` on, as a group: odd are those that are not canonical, and
-    all if `special` is not 0.
+    """The linear addresses from `first` on, as a group: odd are those that are not canonical, as
+    are those that hold metadata; and all if `special` is not 0.
     """
     address, odd = lanes[ADDRESS], lanes[ODD]
-    masked = cr3 >> 61 | mode >> MODE_LAM_SUP & 1
     width = 12 + 9 * levels
     ones = (1 << (65 - width)) - 1
     for j in range(count):
-        linear = addresses[first + j]
-        if masked:
-            linear = without_metadata(mode, cr3, linear, access)
-        upper = linear >> (width - 1)
-        address[j] = linear
+        address[j] = addresses[first + j]
+        upper = address[j] >> (width - 1)
         odd[j] = special | flag((upper != 0) & (upper != ones))
 
 
@@ -364,7 +355,7 @@ def translate_nested_many(
     first = 0
     while first < number:
         count = ite(number - first < width, number - first, width)
-        begin(mode, cr3, addresses, first, access, levels, special, lanes, count)
+        begin(addresses, first, levels, special, lanes, count)
         if not special:
             begin_tables(cr3, levels, lanes, count)
             level = levels

@@ -13,7 +13,7 @@ from vapama.spec.memory import Sparse
 from vapama.spec.nondet import LONG_MODE, Nondet, invariant
 from vapama.spec.outcomes import NonCanonical, Translated, kind
 from vapama.spec.paging import translate
-from vapama.spec.subject import ERROR_CODE, MASKING, PA, agree, alike
+from vapama.spec.subject import ERROR_CODE, MANY, MASKING, PA, SHADOW_STACKS, agree, alike
 from vapama.spec.words import WORD, Word, bit, low_bits
 
 LAM57, LAM48 = low_bits(63) & ~low_bits(57), low_bits(63) & ~low_bits(48)
@@ -108,3 +108,21 @@ def masking_never_leaves_the_half_of_the_address_space(nondet: Nondet, subject: 
     else:
         nondet.reach("refused")
         assert isinstance(outcome, NonCanonical)
+
+
+@invariant(
+    source="the batch kernel is the scalar walk, address by address",
+    reaches=("translated", "page fault", "non-canonical address"),
+    needs=(MASKING, SHADOW_STACKS, MANY, PA, ERROR_CODE),
+    twin="a-batch-of-shadow-stack-accesses-is-ordinary",
+    bound="batches of 1 address, 4-level paging",
+)
+def translate_many_equals_the_walk_of_a_masked_address(nondet: Nondet, subject: Any) -> None:
+    """A batch of masked addresses, or of accesses to shadow stacks, has the walk's outcome too."""
+    cpu, memory, access = nondet.walk(LONG_MODE)
+    nondet.assume((cpu.masks != 0) | (access.shadow_stack == 1))
+    nondet.assume(cpu.cr4 & LA57 == 0)
+    alone = subject.translate(cpu, memory, access)
+    (many,) = subject.translate_many(cpu, memory, [access.address], access)
+    nondet.reach(kind(alone))
+    assert alike(alone, many)
