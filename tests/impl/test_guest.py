@@ -162,8 +162,11 @@ def test_one_flipped_bit_of_the_real_guest_is_told(guest: Snapshot) -> None:
 def test_a_mistake_of_the_kernels_shows_on_a_guest(
     mistake: Mistake, told_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = listing if mistake.file == LISTER else optimized
-    monkeypatch.setattr(module, "kernel" if module is listing else "long_mode", mistake.module())
+    if mistake.file == LISTER:
+        monkeypatch.setattr(listing, "kernel", mistake.module())
+    else:
+        batches = mistake.module("vapama.impl.kernels.batches")
+        monkeypatch.setattr(optimized, "batches", batches)
     assert [what for what, (wrong, _) in results(small()).items() if wrong] == [told_by]
 
 
