@@ -36,7 +36,7 @@ BREAKS = "translate_nested_many_equals_the_walk_elementwise"
 
 def guest_under(stage: Stage, seed: int) -> Words:
     """Memory with tables of a second stage that maps it in pages of 4 KBytes, of 2 MBytes and of
-    1 GByte, one after the other: the first in another order, some not to be written, some malformed.
+    1 GByte, one after the other: the first in another order, some read-only, some malformed.
     And tables of the guest, each of any level, at guest-physical addresses in all three.
     """
     rng = np.random.default_rng(seed)
