@@ -96,15 +96,20 @@ class Guest:
 
     def _begin_with(self, image: Mapping[int, int]) -> None:
         """Put words into memory by address, before anything is mapped or logged."""
-        bases: dict[int, int] = {}
+        pages: dict[int, dict[int, int]] = {}
         for address, word in image.items():
-            gfn = address >> 12
-            if gfn not in bases:
-                slot = self.slot_of(gfn)
-                if slot is None:
-                    raise NotRam(address)
-                bases[gfn] = self.backing.fault(slot.page + gfn - slot.gfn, True)[0] << 9
-            self.ram[bases[gfn] | address >> 3 & 511] = word
+            pages.setdefault(address >> 12, {})[address >> 3 & 511] = word
+        for gfn, words in pages.items():
+            slot = self.slot_of(gfn)
+            if slot is None:
+                raise NotRam(gfn << 12)
+            page = slot.page + gfn - slot.gfn
+            if self.plan.swapped:
+                self.backing.copies[page] = words
+            else:
+                base = self.backing.fault(page, True)[0] << 9
+                for place, word in words.items():
+                    self.ram[base | place] = word
 
     # From guest frames to frames of machine memory.
 

@@ -213,12 +213,19 @@ def plan(style: Word = 0, design: str = SHADOW, guests: int = 2, vcpus: int = 2)
     `style` is what a program has in mind: bits 19:0 its four pages, 28:20 control bits at first,
     31:29 and 34:32 its paging modes, 35 whether a second stage has five levels, 36 that it has all
     four pages in mind and not the first alone, 37 that it is narrow: most of it is about one page,
-    below the directory's entry of bits 39:38, and about the entry that maps it.
+    below the directory's entry of bits 39:38, and about the entry that maps it; 40 that the memory
+    is swapped out at first.
     """
     processors = (cpu(style, design),) * vcpus
     guest = GuestPlan(processors, {0: MAIN, 1: ALIAS, 2: ROM}, image())
     levels = 4 + (style >> 35 & 1)
-    return Plan((guest,) * guests, design, generations=4, stage_levels=levels)
+    return Plan(
+        (guest,) * guests,
+        design,
+        generations=4,
+        stage_levels=levels,
+        swapped=bool(style >> 40 & 1),
+    )
 
 
 def paging(now: Cpu) -> int:
@@ -298,7 +305,7 @@ def _address(rest: int, mode: int) -> Word:
     if mode == OFF:
         return FRAMES[page] << 12 | offset
     directory = rest & 3
-    if directory == 3 and rest >> 15 & 1:
+    if (directory == 3 and rest >> 15 & 1) or (directory == 0 and rest >> 15 & 7 == 0):
         directory = 8 if mode == LEGACY else 4  # the first table again
     elif directory == 3 and mode == LEGACY:
         directory = 4

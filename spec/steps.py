@@ -49,7 +49,8 @@ class Plan(NamedTuple):
     `frames` are pages of machine memory. `shadow_pages` is how many pages of tables a guest may
     have before the oldest are reclaimed. `generations` of the memory slots are told apart in what
     is remembered of devices. `host_maxphyaddr` is the real processor's address width,
-    `stage_levels` how many levels its second stage has, if it has one. With `multihit`, code is not
+    `stage_levels` how many levels its second stage has, if it has one. The guests' memory begins
+    swapped out, if it is `swapped`. With `multihit`, code is not
     to be fetched from large pages, which hurts some processors; with `zero_pages`, same-page
     merging lets pages of zeros share one frame, whatever else it does.
     """
@@ -61,6 +62,7 @@ class Plan(NamedTuple):
     generations: int = 1 << 11
     host_maxphyaddr: int = 46
     stage_levels: int = 4
+    swapped: bool = False
     multihit: bool = False
     zero_pages: bool = False
 

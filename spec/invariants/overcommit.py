@@ -16,7 +16,7 @@ from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.steps import Harvest, Harvested, Log, Plan, Scan, Seen, Step, Store, Stored
 from vapama.spec.words import Word
 
-STYLE = Domain(free=(1 << 40) - 1, scope=(0x8864,))
+STYLE = Domain(free=(1 << 41) - 1, scope=(0x8864,))
 """What a program has in mind, and the host; see `overcommit.plan`."""
 STEP = Domain(scope=(0x8000_0000_0000_0000, 0x8000_0000_0000_0003, 0x8000_0000_0000_000C))
 """A step; see `overcommit.decode`. In the scope: a scan, a huge page, a store."""
