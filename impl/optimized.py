@@ -430,13 +430,13 @@ class Compiled:
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, EFFECTS, MANY, PDPTES})
         | {OTHER_MODES, MASKING, SHADOW_STACKS}
-        | {SECOND_STAGE, SECOND_STAGE_MANY, TLB},
+        | {SECOND_STAGE, SECOND_STAGE_MANY, NESTED, NESTED_MANY, TLB},
         preload=True,
     )
     LARGEST = 1 << 30
     """The largest memory, in bytes, that an image is made for."""
 
-    def __init__(self) -> None:
+    def __init__(self, ready: bool = True) -> None:
         # numba takes a while to import, and most commands need none of it.
         from vapama.impl.kernels.compiled import compiled
 
@@ -445,13 +445,21 @@ class Compiled:
         self._path = np.zeros(6, dtype=np.uint64)
         self._paths = np.zeros((6, 6), dtype=np.uint64)
         self._trace = np.zeros(18, dtype=np.uint64)
-        # Compile now, so that the first case does not wait for it.
+        if ready:
+            self._get_ready()
+
+    def _get_ready(self) -> None:
+        """Compile all, so that the first case does not wait for it."""
         for efer in (LME | LMA, 0):
             cpu = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=efer)
             self.translate(cpu, Sparse({0: 0}, 4096), Access(0))
+            self.translate_many(cpu, Sparse({0: 0}, 4096), [0], Access(0))
         for stage in (Ept(0x1E), Npt(0)):
             self.second_stage(stage, Sparse({0: 0}, 4096), GuestPhysicalAccess(0))
             self.second_stage_many(stage, Sparse({0: 0}, 4096), [0], GuestPhysicalAccess(0))
+        guest = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=LME | LMA)
+        self.translate_nested(guest, Ept(0x1E), Sparse({0: 0}, 4096), Access(0))
+        self.translate_nested_many(guest, Ept(0x1E), Sparse({0: 0}, 4096), [0], Access(0))
         self._compile_tlb()
 
     def _compile_tlb(self) -> None:

@@ -14,14 +14,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vapama.bugs.mistakes import MISTAKES
+from vapama.fuzz.random_engine import Search
 from vapama.impl.kernels import batches, long_mode, mappings
 from vapama.impl.kernels import compiled as compiling
 from vapama.impl.kernels.compiled import compiled
 from vapama.impl.listing import Listing, Pieces, at_each_position, form_of
-from vapama.impl.optimized import WIDTH, access_word
+from vapama.impl.optimized import WIDTH, Compiled, access_word
+from vapama.runs import Guarded
 from vapama.spec.access import Access
 from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, Cpu
 from vapama.spec.domains import ACCESSES
+from vapama.spec.memory import Sparse
+from vapama.spec.nondet import load_invariants
+from vapama.spec.stage import Ept
+from vapama.verdict import COUNTEREXAMPLE, HELD
 
 Words = npt.NDArray[np.uint64]
 Images = Callable[[int, int], Words]
@@ -280,3 +286,30 @@ def test_the_access_word_is_the_error_code_of_an_access() -> None:
     assert access_word(Access(WORD, write=1, user=1)) == 0b00110
     assert access_word(Access(WORD, fetch=1)) == 0b10000
     assert access_word(Access(WORD, implicit=1)) == 0b00001
+
+
+# TWO STAGES
+
+CPU = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=LME | LMA)
+
+
+@pytest.mark.parametrize(
+    "name", ["the_walk_under_ept_equals_the_reference", "the_walk_under_npt_equals_the_reference"]
+)
+def test_the_compiled_two_dimensional_walk_equals_the_reference(name: str) -> None:
+    search = Search(load_invariants()[name], Guarded("compiled", Compiled()), seed=0)
+    for _ in range(8):
+        search.batch(512)
+    verdict = search.verdict("random", 1.0)
+    assert (verdict.status, verdict.why) == (HELD, "")
+
+
+def test_a_mistake_of_the_compiled_two_dimensional_walk_is_found() -> None:
+    mistake = MISTAKES["nested-skips-the-guests-flags"]
+    mistaken = mistake.module("vapama.impl.optimized").Compiled(ready=False)
+    # Compiled here, for a search would take the subject to hang.
+    mistaken.translate_nested(CPU, Ept(0x1E), Sparse({0: 0}, 4096), Access(0))
+    search = Search(load_invariants()[mistake.breaks], Guarded("mistake", mistaken), seed=0)
+    while search.failed is None and search.executions < 20_000:
+        search.batch(512)
+    assert search.verdict("random", 1.0).status == COUNTEREXAMPLE

@@ -5,6 +5,8 @@ spread thinly.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -31,6 +33,7 @@ STAGES: tuple[Stage, ...] = (
 ACCESSES = (Access(0, user=1), Access(0, write=1), Access(0, fetch=1), Access(0, write=1, user=1))
 CPU = Cpu(PG | PE | WP, GUEST << 12, PAE, LME | LMA | NXE, maxphyaddr=40)
 BLIND_TO_FLAGS = Capabilities(Optimized.capabilities.observes - {"updates"})
+OPTIMIZED = "vapama.impl.optimized"
 BREAKS = "translate_nested_many_equals_the_walk_elementwise"
 
 
@@ -88,8 +91,14 @@ def disagreements(subject: Any, stage: Stage, seed: int, access: Access, count: 
 MET = Counter[tuple[type, int]]()
 
 
-def machine_code(stage: Stage, image: Words, addresses: Words, access: Access) -> list[Outcome]:
-    rows = translate_nested_array(CPU, stage, image, addresses, access)
+def machine_code(
+    stage: Stage,
+    image: Words,
+    addresses: Words,
+    access: Access,
+    kernel: Callable[..., tuple[Words, ...]] = translate_nested_array,
+) -> list[Outcome]:
+    rows = kernel(CPU, stage, image, addresses, access)
     triples = zip(*(row.tolist() for row in rows), strict=True)
     return [nested_outcome(stage, gpa, status, value) for status, value, gpa in triples]
 
@@ -102,6 +111,12 @@ def test_a_compiled_batch_equals_the_walk_elementwise(stage: Stage) -> None:
     exit_ = EptViolation if isinstance(stage, Ept) else NestedPageFault
     for kind in ((Translated, 1), (Translated, 2), (Translated, 3), (PageFault, 0), (exit_, 0)):
         assert MET[kind] > 5, MET
+
+
+def test_a_mistake_of_a_compiled_batch_shows() -> None:
+    mistake = MISTAKES["a-nested-batch-writes-nothing-back"]
+    batch = partial(machine_code, kernel=mistake.module(OPTIMIZED).translate_nested_array)
+    assert any(disagreements(batch, STAGES[0], seed, ACCESSES[1], 100) for seed in range(6))
 
 
 @pytest.mark.parametrize("name", [n for n, m in MISTAKES.items() if m.breaks == BREAKS])
