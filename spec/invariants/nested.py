@@ -136,7 +136,7 @@ def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> Non
     reaches=("translated", "page fault"),
     needs=(NESTED_MANY, NESTED, PA, ERROR_CODE),
     twin="nested-batch-shares-its-first-result",
-    searched="the scalar walk is proved, and the batch is a loop of it",
+    searched="the walk is proved, and one stage's batches: of both stages there are too many paths",
 )
 def translate_nested_many_equals_the_walk_elementwise(nondet: Nondet, subject: Any) -> None:
     """Each outcome of a batch is that of the same address alone."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from vapama.bugs.mistakes import MISTAKES
+from vapama.bugs.mistakes import MISTAKES, Mistake, parse
 from vapama.impl.optimized import Optimized, nested_outcome, translate_nested_array
 from vapama.spec.access import Access
 from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, WP, Cpu
@@ -119,9 +119,35 @@ def test_a_mistake_of_a_compiled_batch_shows() -> None:
     assert any(disagreements(batch, STAGES[0], seed, ACCESSES[1], 100) for seed in range(6))
 
 
-@pytest.mark.parametrize("name", [n for n, m in MISTAKES.items() if m.breaks == BREAKS])
-def test_mistakes_of_a_batch_show(name: str) -> None:
-    mistaken = MISTAKES[name].subject()
+SEEDED = r"""
+@ a-nested-batch-forgets-the-dirty-flag
+-                missing = left[j] >> 5 & 1 ^ 1 | access >> 1 & (entry[j] >> 6 & 1 ^ 1)
++                missing = left[j] >> 5 & 1 ^ 1
+
+@ a-nested-batch-allows-what-the-second-stage-does-not
+-                odd[j] = page & ~stage_left[j] | missing & writes_back & (held[j] >> 1 ^ 1)
++                odd[j] = missing & writes_back & (held[j] >> 1 ^ 1)
+
+@ a-nested-batch-has-the-hosts-pages
+-                smaller = ite(offset[j] < stage_offset[j], offset[j], stage_offset[j])
++                smaller = stage_offset[j]
+
+@ a-nested-batch-forgets-an-exit
+-                for j in range(count):
+-                    stage_odd[j] = stage_odd[j] | gpa[j] >> (12 + 9 * stage_levels)
++                for j in range(count):
++                    stage_odd[j] = 0
+"""
+"""Mistakes that random draws come upon too seldom for the gallery."""
+SHOWN = [
+    *(mistake for mistake in MISTAKES.values() if mistake.breaks == BREAKS),
+    *parse(f"file: impl/kernels/batches.py\n{SEEDED}").values(),
+]
+
+
+@pytest.mark.parametrize("mistake", SHOWN, ids=lambda mistake: mistake.name)
+def test_mistakes_of_a_batch_show(mistake: Mistake) -> None:
+    mistaken = mistake.subject()
 
     def batch(stage: Stage, image: Words, addresses: Words, access: Access) -> list[Outcome]:
         found: list[Outcome] = mistaken.translate_nested_many(
