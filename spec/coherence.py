@@ -29,7 +29,7 @@ from vapama.spec.words import Condition, Word, flag, ite
 
 UNSYNC, DIRECT, ROM, INHERITED = 1 << 1, 1 << 2, 1 << 3, 4
 """Of a shadow page's word, beside PRESENT and its guest frame. Bits 6:4 are inherited rights; no
-walk sets accessed flags in a table in ROM."""
+walk sets flags in a table in ROM, and none are waited for."""
 LOGGED, WRITTEN, DUE = 1, 2, 4
 """Of a guest frame's log: writes are noted; there was one; the frame is about to be protected,
 since its log begins or was harvested."""
@@ -56,7 +56,8 @@ def justified(page: Word, entry: Word, gfn: Word, spte: Word) -> Condition:
     gives: the frame, and the rights, once it is accessed, and for a write dirty.
     """
     used = (entry & PRESENT != 0) & ((entry & ACCESSED != 0) | (page & ROM != 0))
-    given = page >> INHERITED & rights_of(entry) & (~WRITABLE & 7 | entry >> 5 & WRITABLE)
+    dirty = entry >> 5 | page >> 2  # bits 6 and 3, DIRTY and ROM, in the place of WRITABLE
+    given = page >> INHERITED & rights_of(entry) & (~WRITABLE & 7 | dirty & WRITABLE)
     gives = used & (named(entry) == gfn) & (rights_of(spte) & ~given == 0)
     return (page & DIRECT != 0) | gives
 
