@@ -18,7 +18,7 @@ from vapama.oracles.bochs import bochs
 from vapama.oracles.departures import Disagreement, named
 from vapama.oracles.emulator import CannotStart, MachineDied
 from vapama.oracles.qemu import qemu
-from vapama.spec import domains, second_stage
+from vapama.spec import domains, nested, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import (
     AC,
@@ -219,7 +219,8 @@ def test_random_cases_of_every_mode_agree_or_are_known(subject: BareMetal) -> No
     assert tally.judged >= 4_000
     modes = {mode for mode, _ in tally.agreed}
     expected = {"no paging", "32-bit paging", "PAE paging", "4-level paging"}
-    expected |= {"NPT"} if subject.machine.features.svm else {"EPT"}
+    second = "NPT" if subject.machine.features.svm else "EPT"
+    expected |= {second, f"4-level paging under {second}"}
     expected |= {"5-level paging"} if subject.machine.cr4 & LA57 else set()
     assert modes >= expected
     assert {kind for _, kind in tally.agreed} >= {"translated", "page fault"}
@@ -235,6 +236,18 @@ def test_a_mistaken_reference_is_found_out(
     tally = oracle_runs.run(on_qemu, 2_000, seed=1)
     assert tally.differences
     assert all(found.case.access.fetch for found in tally.differences)
+
+
+def test_a_mistaken_walk_of_both_stages_is_found_out(
+    subject: BareMetal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(gpa: int, write: int = 0, linear: int = 1) -> GuestPhysicalAccess:
+        return GuestPhysicalAccess(gpa, write=write, linear=linear)  # as if it were no table
+
+    monkeypatch.setattr(nested, "access_to_table", mistaken)
+    tally = oracle_runs.run(subject, 1_500, seed=1)
+    assert tally.differences
+    assert all(" under " in found.case.mode for found in tally.differences)
 
 
 # DEPARTURES
