@@ -1,8 +1,9 @@
 """``python bench/overcommit.py``: steps a second with and without sharing and huge pages.
 
 The same random steps of two guests, and of a host that swaps, migrates and logs, are run under each
-design on two hypervisors in turn. On one the host also scans for equal pages, makes pages huge and
-splits them, each after every so many steps. Printed are medians of the rates of the guests' steps.
+design on hypervisors in turn. On all but the first the host also scans for equal pages once in so
+many steps, and splits a huge page and makes it huge again once in four times as many. Printed are
+medians of the rates, by processor time.
 """
 
 import statistics
@@ -15,7 +16,8 @@ from vapama.spec.machine import Machine
 from vapama.spec.steps import EPT, NPT, SHADOW, Collapse, Scan, SetSlot, Split, Step, Unmerge
 
 ROUNDS, PROGRAMS, LENGTH = 7, 12, 400
-SCAN_EVERY, HUGE_EVERY = 32, 100
+INTERVALS = (0, 128, 64, 32)
+"""Steps from scan to scan; 0 for none."""
 SAVES = (Scan, Unmerge, Collapse, Split)
 
 
@@ -30,34 +32,35 @@ def program(seed: int, design: str) -> list[Step]:
     return steps
 
 
-def timed(steps: list[Step], design: str, saving: bool) -> float:
-    """The seconds that a program takes, and all that the host does meanwhile."""
+def timed(steps: list[Step], design: str, interval: int) -> float:
+    """The seconds of a processor that a program takes, and all that the host does meanwhile."""
     hypervisor = Vmm(overcommit.plan(0x8864, design))
-    start = time.perf_counter()
+    start = time.process_time()
     for number, step in enumerate(steps):
         hypervisor.do(step)
-        if saving and number % SCAN_EVERY == 0:
+        if interval and number % interval == 0:
             hypervisor.do(Scan())
-        if saving and number % HUGE_EVERY == HUGE_EVERY - 1:
-            guest = number // HUGE_EVERY & 1
+        if interval and number % (4 * interval) == 4 * interval - 1:
+            guest = number // interval >> 2 & 1
             hypervisor.do(Split(guest, overcommit.BLOCK))
             hypervisor.do(Collapse(guest, overcommit.BLOCK))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
-    """Print the rates, and their ratio."""
-    print(f"{'':<8} {'without':>12} {'with':>12} {'ratio':>7}   (steps a second)")
+    """Print the rates, and what part of the rate without they are."""
+    print("steps a second, and a scan every so many steps:")
     for design in (SHADOW, EPT, NPT):
         programs = [program(seed, design) for seed in range(PROGRAMS)]
-        times: dict[bool, list[float]] = {False: [], True: []}
+        times: dict[int, list[float]] = {interval: [] for interval in INTERVALS}
         for number in range(ROUNDS + 1):
-            for saving in (False, True):
-                spent = sum(timed(steps, design, saving) for steps in programs)
+            for interval in INTERVALS:
+                spent = sum(timed(steps, design, interval) for steps in programs)
                 if number:  # the first round compiles what a scan runs
-                    times[saving].append(spent)
-        off, on = (PROGRAMS * LENGTH / statistics.median(times[saving]) for saving in (False, True))
-        print(f"{design:<8} {off:>12,.0f} {on:>12,.0f} {on / off:>7.2f}")
+                    times[interval].append(spent)
+        rates = {i: PROGRAMS * LENGTH / statistics.median(times[i]) for i in INTERVALS}
+        told = [f"{i}: {rates[i]:,.0f} ({rates[i] / rates[0]:.2f})" for i in INTERVALS[1:]]
+        print(f"{design:<7} none: {rates[0]:,.0f}   {'   '.join(told)}")
 
 
 if __name__ == "__main__":

@@ -180,13 +180,20 @@ class Guest:
         if slot.log:
             slot.dirty.add(gfn)
 
-    def revoked(self, page: int) -> None:
-        """The host is about to change what a page of the backing is mapped to."""
+    def revoked(self, pages: range) -> None:
+        """The host is about to change what pages of the backing are mapped to."""
         for slot in self.slots.values():
-            gfn = slot.gfn + page - slot.page
-            if slot.gfn <= gfn < slot.end:
+            shift = slot.gfn - slot.page
+            gfns = range(max(slot.gfn, pages.start + shift), min(slot.end, pages.stop + shift))
+            for gfn in self._in_use(gfns):
                 self.known.pop(gfn, None)
                 self.mmu.revoke(gfn)
+
+    def _in_use(self, gfns: range) -> Collection[int]:
+        """Those of these guest frames that are known or mapped, or all, if that is quicker."""
+        if len(gfns) <= 1:
+            return gfns
+        return {*(gfn for gfn in self.known if gfn in gfns), *self.mmu.mapped_in(gfns)}
 
     # Flushes.
 

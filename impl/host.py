@@ -52,8 +52,8 @@ class Backing:
         """Pages that must not be written in their frame: it is shared."""
         self.copies: dict[int, dict[int, int]] = {}
         """Words of pages as they were swapped out; true still while the page was not written."""
-        self.notify: list[Callable[[int], None]] = []
-        """Told the page, before what it is mapped to is revoked."""
+        self.notify: list[Callable[[range], None]] = []
+        """Told the pages, before what they are mapped to is revoked."""
 
     def fault(self, page: int, write: bool) -> tuple[int, bool]:
         """The frame of a page, which is made present, and whether it may be written."""
@@ -94,10 +94,10 @@ class Backing:
         """The page was written: the copy of it, if there is one, is out of date."""
         self.copies.pop(page, None)
 
-    def revoke(self, page: int) -> None:
-        """Have every mapping of the page dropped."""
+    def revoke(self, page: int, count: int = 1) -> None:
+        """Have every mapping of the page, or of so many from it on, dropped."""
         for told in self.notify:
-            told(page)
+            told(range(page, page + count))
 
     def swap_out(self, page: int) -> bool:
         """Free the page's frame and keep its words aside; False if it has no frame of its own.
@@ -148,9 +148,9 @@ class Backing:
             return False
         ram = self.frames.ram
         filled = {index >> 9 for index in ram}
+        self.revoke(pages.start, BLOCK)
         for each, target in zip(pages, range(run, run + BLOCK), strict=True):
             if each in self.frame:
-                self.revoke(each)
                 blank = self.frame[each] not in filled
                 if not blank:
                     ram.copy_page(self.frame[each], target)
@@ -181,25 +181,26 @@ class Merger:
         self.zero: int | None = None
         """The frame of zeros that pages share with `zero_pages`, as long as there are any."""
         self.contents: Contents = np.zeros((frames.total, BLOCK), dtype=np.uint64)
-        self.mapped: npt.NDArray[np.int32] = np.zeros(frames.total, dtype=np.int32)
+        self.mapped: npt.NDArray[np.int32] = np.ones(frames.total, dtype=np.int32)
+        """No frame is mapped more than once but those that KSM shares."""
         self.users: dict[int, set[tuple[Backing, int]]] = {}
         """The pages that use a frame read-only."""
-        self.filled: Numbers = np.zeros(0, dtype=np.int64)
         for backing in backings:
             backing.merger = self
         self.ksm = Ksm(self, use_zero_pages=int(zero_pages))
 
     def scan(self) -> None:
-        """Scan everything once."""
-        ram = self.frames.ram
-        words = self.contents.reshape(-1)
-        words[self.filled] = 0
-        self.filled = np.fromiter(ram.keys(), dtype=np.int64, count=len(ram))
-        words[self.filled] = np.fromiter(ram.values(), dtype=np.uint64, count=len(ram))
-        self.mapped[:] = 0
+        """Scan everything once. The words of a frame that is shared stay what they are."""
+        ram, wanted = self.frames.ram, np.zeros(self.frames.total, dtype=np.bool_)
         for backing in self.backings:
-            for frame in backing.frame.values():
-                self.mapped[frame] += 1
+            frames = self.frames_of(backing)
+            wanted[frames[frames >= 0]] = True
+        wanted[self.ksm.node_at >= 0] = False
+        self.contents[wanted] = 0
+        places = np.fromiter(ram, dtype=np.int64, count=len(ram))
+        places = places[wanted[places >> 9]]
+        words = map(ram.__getitem__, places.tolist())
+        self.contents.reshape(-1)[places] = np.fromiter(words, np.uint64, len(places))
         self.ksm.scan()
 
     def left(self, frame: int, backing: Backing, page: int) -> None:
@@ -219,6 +220,7 @@ class Merger:
         if frame == self.zero:
             self.zero = target
         self.ksm.moved(frame, target)
+        self.contents[target] = self.contents[frame]
         return list(users)
 
     # What KSM asks for: `vapama.impl.ksm.Host`
@@ -258,7 +260,6 @@ class Merger:
         area.frame[page] = frame
         area.readonly.add(page)
         self.users[frame].add((area, page))
-        self.mapped[frame] += 1
 
     def map_zero(self, area: Backing, page: int) -> None:
         """Let the page, which was protected and is all zeros, use the zero frame: it is the first

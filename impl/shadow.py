@@ -909,6 +909,15 @@ class ShadowMmu(Mmu):
             elif place >> 9 == page.quadrant:
                 yield page.base | place & 511
 
+    def mapped_in(self, gfns: range) -> set[int]:
+        """Guest frames, of these, whose entries together map all of these that are mapped."""
+        found = set()
+        for key in self.rmap:
+            first, level = key >> 2, key & 3
+            if first < gfns.stop and gfns.start < first + (1 << 9 * (level - 1)):
+                found.add(max(first, gfns.start))
+        return found
+
     def revoke(self, gfn: int) -> None:
         """The host takes a guest frame's page away: no SPTE may map it any more."""
         dropped = False

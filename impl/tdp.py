@@ -303,6 +303,17 @@ class TwoDimensional(Mmu):
     def written(self, gpa: int, size: int) -> None:
         """The hypervisor stored to the guest's memory for it: tables there are the hardware's."""
 
+    def mapped_in(self, gfns: range) -> set[int]:
+        """Guest frames, of these, whose entries together map all of these that are mapped."""
+        found = set()
+        for first in range(gfns.start // BLOCK * BLOCK, gfns.stop, BLOCK):
+            index = self._leaf(first)
+            if index is not None and self.ram[index] & LARGE:
+                found.add(max(first, gfns.start))
+            elif index is not None:
+                found |= {first + at - index for at in self.ram.within(index >> 9)}
+        return found.intersection(gfns)
+
     def revoke(self, gfn: int) -> None:
         """The host takes a guest frame's page away: no entry may map it any more."""
         index = self._leaf(gfn)
