@@ -15,6 +15,7 @@ from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_loader
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class Mistake:
     """A patch: lines `before`, which stand once in `file`, become `after`.
 
     The file is one of impl/, or a model in spec/ that proofs are about. `breaks` is an invariant
-    that it breaks.
+    that it breaks. `story` says where the mistake was made, if it was: a commit or an advisory,
+    and what happened.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Mistake:
     before: str
     after: str
     breaks: str = WALK
+    story: str = ""
 
     @property
     def module_name(self) -> str:
@@ -154,10 +157,11 @@ def _code(name: str, origin: str) -> types.CodeType:
 def parse(text: str) -> dict[str, Mistake]:
     """Mistakes by name. A line ``file: impl/...`` says which file those after it patch. Each begins
     with ``@ name`` or ``@ name breaks invariant``; then come the lines to replace, behind ``-``,
-    and those to put there, behind ``+``. Raises `ValueError`.
+    and those to put there, behind ``+``. The comment just above it, behind ``#``, is its story.
+    Raises `ValueError`.
     """
     found: dict[str, Mistake] = {}
-    file = ""
+    file = story = ""
     for block in f"\n{text}".split("\n@ "):
         title, *lines = block.split("\n")
         name, *breaks = title.split(" breaks ")
@@ -168,7 +172,10 @@ def parse(text: str) -> dict[str, Mistake]:
                 raise ValueError(
                     f"the mistake {name} replaces nothing, names no file, or is there twice"
                 )
-            found[name] = Mistake(name, file, before, after, *breaks)
+            (breaks_,) = breaks or [WALK]
+            found[name] = Mistake(name, file, before, after, breaks_, story)
+        comment = list(takewhile(lambda line: line.startswith("#"), reversed(lines)))
+        story = " ".join(line[1:].strip() for line in reversed(comment))
         for line in lines:
             if line.startswith("file: "):
                 file = line.removeprefix("file: ").strip()

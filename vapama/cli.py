@@ -231,6 +231,52 @@ def fuzz(
 
 
 @app.command()
+def bugs(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Seeded mistakes; those of the hypervisor.")
+    ] = None,
+    engines: Annotated[
+        str, typer.Option(help="Which are to hunt: random, hypothesis, exhaustive, atheris.")
+    ] = "random,hypothesis",
+    seconds: Annotated[float, typer.Option(min=0.1, help="For each, but for hypothesis.")] = 20,
+    record: Annotated[
+        Path | None, typer.Option(help="A JSON file to add what was found to.")
+    ] = None,
+    new: Annotated[bool, typer.Option("--new", help="Only what the record does not have.")] = False,
+    json: Json = False,
+) -> None:
+    """Hunt seeded mistakes: which engine finds which, and how soon."""
+    from vapama import hunting
+
+    chosen = hunting.chosen_mistakes(names or [])
+    by = [engine.strip() for engine in engines.split(",")]
+    unknown = [engine for engine in by if engine not in hunting.ENGINES]
+    if unknown:
+        raise BadInput(f"--engines {unknown[0]}: give some of {', '.join(hunting.ENGINES)}")
+    kept = hunting.read_record(record) if record is not None else hunting.Record()
+    if new:
+        if record is None:
+            raise BadInput("--new is about a record: give --record FILE")
+        there = {(hunt.mistake, hunt.engine) for hunt in kept.hunts}
+        chosen = [m for m in chosen if any((m.name, engine) not in there for engine in by)]
+    found: dict[str, bool] = {}
+    for hunt, _ in hunting.hunts(chosen, by, seconds):
+        found[hunt.mistake] = found.get(hunt.mistake, False) or hunt.found
+        kept.add(hunt)
+        if record is not None:
+            record.write_bytes(kept.to_json())
+        if not json:
+            what = f"found in {hunt.seconds:7.2f} s" if hunt.found else "not found       "
+            text = f"{what}  {hunt.engine:<11} {hunt.mistake}  {hunt.failure}"
+            console.print(text, markup=False, soft_wrap=True)
+    if json:
+        sys.stdout.buffer.write(kept.to_json())
+    else:
+        console.print(f"{sum(found.values())} of {len(found)} seeded mistakes found")
+    raise typer.Exit(EXIT_HELD if all(found.values()) else EXIT_UNDECIDED)
+
+
+@app.command()
 def replay(
     case: Annotated[Path, typer.Argument(help="A Case, as an engine wrote it.")],
     subject: Subject = None,

@@ -334,6 +334,9 @@ def audit(
             metavar="VALUE/MASK", help="Entries that are the hypervisor's marks for devices."
         ),
     ] = "",
+    generation: Annotated[
+        str, typer.Option(metavar="VALUE/MASK", help="Which of those marks are not outdated.")
+    ] = "",
     unsync: Annotated[
         list[int] | None, _register("unsync", "A guest's table that may be out of sync.")
     ] = None,
@@ -374,7 +377,13 @@ def audit(
     )
     hypervisor, guest = sides.sides_of(about)
     options = audits.Options(
-        most, most_pages, most_reads, _mark(device), tuple(unsync or ()), not no_executable_large
+        most,
+        most_pages,
+        most_reads,
+        _mark("device", device),
+        _mark("generation", generation),
+        tuple(unsync or ()),
+        not no_executable_large,
     )
     with progress() as show:
         show("auditing")
@@ -401,13 +410,13 @@ def audit(
     raise typer.Exit(findings.exit_status(report))
 
 
-def _mark(text: str) -> tuple[int, int] | None:
-    """The value and mask of entries that are marks for devices. Raises `BadInput`."""
+def _mark(name: str, text: str) -> tuple[int, int] | None:
+    """The value and mask that an option gives. Raises `BadInput`."""
     if not text:
         return None
     value, slash, mask = text.partition("/")
     if not slash:
-        raise BadInput(f"--device {text}: give VALUE/MASK, such as 0x6/0x7")
+        raise BadInput(f"--{name} {text}: give VALUE/MASK, such as 0x6/0x7")
     return number(value), number(mask)
 
 

@@ -48,10 +48,13 @@ RULES = {
     "alias": Rule("two guest pages are in one place", "7", NOTE),
     "writable-read-only-slot": Rule("what is read-only cannot be written", "7"),
     "unlogged-write": Rule("a page that can be written is in its slot's dirty log", "22"),
-    "device-in-a-slot": Rule("an entry marked as a device's is for no memory", "23"),
+    "device-in-a-slot": Rule(
+        "an entry marked as a device's, of this generation of the slots, is for no memory", "23"
+    ),
     "executable-large-page": Rule("no large page is executable, if so asked", "21"),
     # Shadow tables against the guest's own.
     "not-mapped-by-guest": Rule("the guest's tables map what is mapped", "8"),
+    "absent-guest-table": Rule("the image holds the guest's tables", status=UNKNOWN_BELOW),
     "excess-rights": Rule("no more is allowed than the guest's tables allow", "10, 20"),
     "not-dirty": Rule("a page that can be written is dirty in the guest's tables", "20"),
     "not-accessed": Rule("the guest's entries on the way are marked accessed", "8"),

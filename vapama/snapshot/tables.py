@@ -33,6 +33,8 @@ MOST_KEPT = 1 << 14
 
 def positions(pieces: Pieces, addresses: Words, size: int) -> Words:
     """Where `size` bytes at physical addresses stand; NOWHERE if no piece holds them all."""
+    if not len(pieces.firsts):
+        return np.full_like(addresses, NOWHERE)
     k = np.searchsorted(pieces.firsts, addresses, "right").astype(np.int64) - 1
     held = np.maximum(k, 0)
     inside = (k >= 0) & (addresses + np.uint64(size) <= pieces.ends[held])
@@ -229,7 +231,7 @@ def _keep(kept: list[Entries], entries: Entries, chosen: Mask) -> None:
 class Walked(NamedTuple):
     """Where addresses lead, by column: the size of the page as a power of two (0 where nothing is
     mapped), the physical address, the rights that the walk leaves, the entry that maps, and the
-    table that the walk ended in.
+    table that the walk ended in; and whether that is one which the image does not hold.
     """
 
     shifts: Words
@@ -237,6 +239,7 @@ class Walked(NamedTuple):
     rights: Words
     entries: Words
     tables: Words
+    lost: Mask
 
 
 def walked(
@@ -246,9 +249,11 @@ def walked(
     does not take away.
     """
     u64, words = np.uint64, form.words
-    result = Walked(*(np.zeros_like(addresses) for _ in Walked._fields))
+    lost = np.zeros(len(addresses), dtype=bool)
+    shifts, pas, left, leaves, last = (np.zeros_like(addresses) for _ in range(5))
+    result = Walked(shifts, pas, left, leaves, last, lost)
     rights = np.full_like(addresses, form.rights | accessed)
-    for level, at, frames, entries, kinds in descent(form, pieces, addresses):
+    for level, at, frames, entries, kinds in descent(form, pieces, addresses, lost):
         result.tables[at] = frames
         keeps = words[kernel.KEEPS + level] & ~u64(accessed)
         # PDPTEs of PAE paging have no rights, and no such flag.
@@ -269,17 +274,18 @@ def walked(
 
 def tables_for(form: Form, pieces: Pieces, addresses: Words, level: int) -> Words:
     """The tables of a level that walks for these addresses come to; without those that don't."""
-    for number, _, frames, _, _ in descent(form, pieces, addresses):
+    lost = np.zeros(len(addresses), dtype=bool)
+    for number, _, frames, _, _ in descent(form, pieces, addresses, lost):
         if number == level:
             return np.unique(frames)
     return np.zeros(0, dtype=np.uint64)
 
 
 def descent(
-    form: Form, pieces: Pieces, addresses: Words
+    form: Form, pieces: Pieces, addresses: Words, lost: Mask
 ) -> Iterator[tuple[int, Numbers, Words, Words, npt.NDArray[np.uint8]]]:
     """The walks for many addresses, level by level: for those that come so far, their numbers, the
-    tables, the entries and what these are.
+    tables, the entries and what these are. Those that come to a table which is not held are `lost`.
     """
     u64, rules = np.uint64, Rules(form)
     top = rules.words[kernel.TOP]
@@ -290,6 +296,7 @@ def descent(
         count, shift = rules.words[kernel.COUNT + level], rules.words[kernel.SHIFT + level]
         places = positions(pieces, frames, count << 3 - rules.words[kernel.NARROW])
         held = places != NOWHERE
+        lost[at[~held]] = True
         at, frames, places = at[held], frames[held], places[held]
         index = addresses[at] >> u64(shift) & u64(count - 1)
         entries = entries_at(form, pieces, places, index)
