@@ -17,6 +17,7 @@ from vapama.spec.outcomes import NonCanonical, OutsideMemory
 from vapama.spec.paging import ACCESSED, DIRTY, FRAME
 from vapama.spec.steps import (
     EPT,
+    Collapse,
     Evict,
     Faulted,
     Harvest,
@@ -31,11 +32,14 @@ from vapama.spec.steps import (
     Plan,
     Reclaim,
     Rest,
+    Scan,
     SetSlot,
     Slot,
+    Split,
     Store,
     Stored,
     Unmap,
+    Unmerge,
 )
 
 LONGEST = 160
@@ -74,6 +78,14 @@ def describe_step(step: Any) -> str:
             return f"host: reclaims {tables} of the tables of guest {guest}"
         case Evict(guest, vcpu):
             return f"{_who(guest, vcpu)}: the core drops all that it has cached"
+        case Scan():
+            return "host: merges equal pages"
+        case Unmerge():
+            return "host: gives every merged page a frame of its own"
+        case Collapse(guest, page):
+            return f"host: makes the pages around page {page} of guest {guest} one huge page"
+        case Split(guest, page):
+            return f"host: splits the huge page around page {page} of guest {guest}"
         case Rest():
             return "nothing"
     return _short(repr(step))

@@ -25,8 +25,9 @@ from vapama.case import BadInput, make_case
 from vapama.explain_programs import describe_step
 from vapama.fuzz.decoded import Decoded
 from vapama.runs import Guarded, SubjectRaised
-from vapama.spec import programs, shadow
+from vapama.spec import overcommit, programs, shadow
 from vapama.spec.domains import Take
+from vapama.spec.invariants import overcommit as claims_of_sharing
 from vapama.spec.invariants import vmm
 from vapama.spec.machine import Machine
 from vapama.spec.steps import Plan, Rest, Step
@@ -70,38 +71,70 @@ class Told(NamedTuple):
 
 
 @st.composite
-def powers(draw: Callable[[st.SearchStrategy[int]], int]) -> Power:
+def powers(draw: Callable[[st.SearchStrategy[Any]], Any]) -> Power:
     """Any machine that programs run on."""
-    nondet = Drawn(lambda: draw(WORDS))
-    style, plan = vmm.drawn_plan(nondet)
+    nondet = Drawn(lambda: int(draw(WORDS)))
+    style, plan = draw(st.runner()).world.draw(nondet)
     return Power(style, plan, tuple(nondet.draws()))
 
 
+class World(NamedTuple):
+    """What programs are about: the module that decodes their steps, and that with their claims of
+    tables and of memory.
+    """
+
+    programs: Any
+    draw: Callable[[Any], tuple[int, Plan]]
+    tables: Callable[..., None]
+    memory: Callable[..., None]
+    before: tuple[tuple[str, int], ...] = ()
+    """What a Case says besides, between the machine and the steps."""
+
+
+PLAIN = World(
+    programs,
+    vmm.drawn_plan,
+    vmm.the_tables_satisfy_every_rule_after_every_step,
+    vmm.no_guest_reaches_what_is_not_its_own,
+)
+SHARING = World(
+    overcommit,
+    claims_of_sharing.drawn_plan,
+    claims_of_sharing.a_shared_frame_is_writable_nowhere_and_a_large_leaf_fits,
+    claims_of_sharing.guests_whose_memory_is_shared_do_not_notice,
+    before=(("merged", 0),),
+)
+"""Guests whose equal pages are merged, on a host that makes small pages huge."""
+
+
 @cache
-def kinds() -> dict[str, tuple[int, ...]]:
-    """The kinds of steps that programs have, and the low bytes of words that may stand for them."""
+def kinds(world: World = PLAIN) -> dict[str, tuple[int, ...]]:
+    """The kinds of steps that programs have, and what bits 63 and 7:0 of words may stand for them,
+    the others being 0.
+    """
     random, found = Random(0), dict[str, set[int]]()
-    machine = Machine(programs.plan())
-    for low in range(256):
+    machine = Machine(world.programs.plan(0))
+    for fixed in (top << 63 | low for top in (0, 1) for low in range(256)):
         for _ in range(24):
-            step = programs.decode(random.getrandbits(56) << 8 | low, machine)
+            step = world.programs.decode(random.getrandbits(55) << 8 | fixed, machine)
             if not isinstance(step, Rest):
-                found.setdefault(type(step).__name__.lower(), set()).add(low)
-    return {kind: tuple(sorted(lows)) for kind, lows in found.items()}
+                found.setdefault(type(step).__name__.lower(), set()).add(fixed)
+    return {kind: tuple(sorted(fixed)) for kind, fixed in found.items()}
 
 
 @st.composite
-def steps_of(draw: Callable[[st.SearchStrategy[Any]], Any], kind: str) -> Told:
+def steps_of(draw: Callable[[st.SearchStrategy[Any]], Any], kind: str, world: World) -> Told:
     """A step of a kind; what a word stands for may depend on where the program is."""
     program: Program = draw(st.runner())
-    word = draw(st.integers(0, (1 << 56) - 1)) << 8 | draw(st.sampled_from(kinds()[kind]))
-    return Told(programs.decode(word, program.machine, program.power.style), word)
+    word = draw(st.integers(0, (1 << 55) - 1)) << 8 | draw(st.sampled_from(kinds(world)[kind]))
+    return Told(world.programs.decode(word, program.machine, program.power.style), word)
 
 
 class Program(RuleBasedStateMachine):
     """A program on a hypervisor, and what is claimed of it; `machine_of` adds the steps."""
 
     subject: Guarded
+    world: World
 
     power: Power
     machine: Machine
@@ -123,7 +156,7 @@ class Program(RuleBasedStateMachine):
     def make(self, told: Told) -> None:
         """Make a step, and judge it."""
         self.done.append(told.word)
-        with self._judged(vmm.the_tables_satisfy_every_rule_after_every_step):
+        with self._judged(self.world.tables):
             seen = self.hypervisor.do(told.step)
             self.machine.check(told.step, seen, self.hypervisor.word)
             for violation in shadow.audit(self.hypervisor.view()):
@@ -133,7 +166,7 @@ class Program(RuleBasedStateMachine):
         """In the end each guest's memory is what its own steps made of it."""
         if self.failed or not hasattr(self, "done"):
             return
-        with self._judged(vmm.no_guest_reaches_what_is_not_its_own):
+        with self._judged(self.world.memory):
             for number, guest in enumerate(self.machine.guests):
                 for word, value in guest.map.backing.items():
                     for address in guest.map.addresses(word):
@@ -148,7 +181,7 @@ class Program(RuleBasedStateMachine):
         except (AssertionError, SubjectRaised) as error:
             self.failed = True
             why = str(error).splitlines()[0]
-            draws = [*self.power.draws, ("steps", len(self.done))]
+            draws = [*self.power.draws, *self.world.before, ("steps", len(self.done))]
             draws += [(f"step {number}", word) for number, word in enumerate(self.done)]
             case = make_case(claim.__name__, self.subject.name, ENGINE, why, draws)
             note(f"{why}\nas a Case: {msgspec.json.encode(case).decode()}")
@@ -157,16 +190,19 @@ class Program(RuleBasedStateMachine):
             raise
 
 
-def machine_of(subject: str | Guarded) -> type[Program]:
+def machine_of(subject: str | Guarded, world: World = PLAIN) -> type[Program]:
     """The state machine of a subject (its name, as on the command line) that has a hypervisor.
+
+    `world` is what programs are about: `SHARING` also merges pages and makes them huge.
 
     Raises `BadInput`.
     """
     guarded = load_subject(subject) if isinstance(subject, str) else subject
     if VMM not in guarded.capabilities.observes:
         raise BadInput(f"{guarded.name} has no hypervisor: it does not observe `{VMM}`")
-    rules = {kind: rule(step=steps_of(kind))(_step(kind)) for kind in kinds()}
-    made: type[Program] = type("Program", (Program,), {"subject": guarded, **rules})
+    rules = {kind: rule(step=steps_of(kind, world))(_step(kind)) for kind in kinds(world)}
+    own = {"subject": guarded, "world": world}
+    made: type[Program] = type("Program", (Program,), {**own, **rules})
     return made
 
 

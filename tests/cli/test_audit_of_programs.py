@@ -20,6 +20,7 @@ from vapama.snapshot.sides import Given, sides_of
 from vapama.snapshot.slots import UNKNOWN, Slots
 from vapama.spec import programs
 from vapama.spec.anatomy import Anatomy, MachineView
+from vapama.spec.cpu import LA57, PAE
 from vapama.spec.machine import Machine
 from vapama.spec.steps import EPT, NPT, SHADOW
 
@@ -58,13 +59,16 @@ def audits(view: MachineView) -> Iterator[Counter[Any]]:
     for guest in view.guests:
         slots = slots_of(guest)
         for processor in guest.processors:
-            root, cpu = processor.roots[0], processor.cpu
-            if root not in guest.tables or not cpu.long_mode or guest.tables[root].level != 4:
-                continue
+            root, cpu = next(iter(processor.roots[0]), 0), processor.cpu
+            if root not in guest.tables or guest.tables[root].level < 4:
+                continue  # PDPTEs of PAE paging are in registers, which are in no dump
+            five = guest.tables[root].level == 5
             registers = {"cr3": cpu.cr3, "cr0": cpu.cr0, "cr4": cpu.cr4, "efer": cpu.efer}
             registers["maxphyaddr"] = cpu.maxphyaddr
             stage = {
-                EPT: {"eptp": root << 12 | 0x5E}, NPT: {"ncr3": root << 12}, SHADOW: {},
+                EPT: {"eptp": root << 12 | (0x66 if five else 0x5E)},
+                NPT: {"ncr3": root << 12, "host_cr4": PAE | LA57 * five},
+                SHADOW: {},
             }[guest.design]  # fmt: skip
             shadow = root << 12 if guest.design == SHADOW else None
             given = Given(image, None, registers, stage, shadow, HOST_WIDTH, False, 0, slots)

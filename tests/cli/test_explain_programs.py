@@ -102,6 +102,10 @@ STEPS = [
     (steps.Harvest(0, 1), "host: harvests the dirty log of slot 1, guest 0"),
     (steps.Reclaim(0, 3), "host: reclaims 3 of the tables of guest 0"),
     (steps.Evict(0, 1), "guest 0, vcpu 1: the core drops all that it has cached"),
+    (steps.Scan(), "host: merges equal pages"),
+    (steps.Unmerge(), "host: gives every merged page a frame of its own"),
+    (steps.Collapse(1, 9), "host: makes the pages around page 9 of guest 1 one huge page"),
+    (steps.Split(1, 9), "host: splits the huge page around page 9 of guest 1"),
     (steps.Rest(), "nothing"),
     ("something new", "'something new'"),
 ]  # fmt: skip

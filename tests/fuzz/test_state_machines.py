@@ -13,7 +13,7 @@ from vapama.case import BadInput
 from vapama.replaying import explain_case
 from vapama.runs import Guarded
 from vapama.spec import steps
-from vapama.state_machines import kinds, machine_of
+from vapama.state_machines import PLAIN, SHARING, kinds, machine_of
 from vapama.subjects import load_subject
 
 SETTINGS = settings(
@@ -27,6 +27,10 @@ SETTINGS = settings(
 
 TestHypervisor = machine_of("optimized").TestCase
 TestHypervisor.settings = settings(SETTINGS, max_examples=20)
+
+
+TestSharing = machine_of("optimized", SHARING).TestCase
+TestSharing.settings = settings(SETTINGS, max_examples=10)
 
 
 def failure(name: str, most: int, *, shrunk: bool) -> tuple[Exception, str]:
@@ -65,7 +69,8 @@ def test_state_machines_find_mistakes_of_a_second_stage() -> None:
 
 def test_every_kind_of_step_has_a_rule() -> None:
     every = {kind.__name__.lower() for kind in get_args(steps.Step)} - {"rest"}
-    assert set(kinds()) == every
+    assert kinds(PLAIN).keys() | kinds(SHARING).keys() == every
+    assert "scan" in kinds(SHARING)
 
 
 def test_a_subject_without_a_hypervisor_has_no_state_machine() -> None:
