@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vapama.impl.hardware import Frames, Ram
-from vapama.impl.host import BLOCK, Backing
+from vapama.impl.host import BLOCK_SHIFT, Backing
 from vapama.impl.kernels import large_pages
 from vapama.spec.cpu import Cpu
 from vapama.spec.outcomes import NonCanonical, OutsideMemory
@@ -135,11 +135,11 @@ class Guest:
         frame of `tables`, which must not be written, is among them, and writes are not logged.
         """
         page = slot.page + gfn - slot.gfn
-        if page // BLOCK not in self.backing.huge or slot.log:
+        if page >> BLOCK_SHIFT not in self.backing.huge or slot.log:
             return 1
         size = slot.end - slot.gfn << 12
         level = large_pages.largest_level(slot.gfn << 12, size, slot.page << 12, gfn << 12, 2, most)
-        tracked = flag(any(table // BLOCK == gfn // BLOCK for table in tables))
+        tracked = flag(any((table ^ gfn) >> BLOCK_SHIFT == 0 for table in tables))
         return int(large_pages.restricted(level, tracked, 1, fetch, flag(self.plan.multihit)))
 
     def __getitem__(self, index: int) -> int:

@@ -21,7 +21,8 @@ from vapama.impl.ksm import Frames as Contents
 from vapama.impl.ksm import Ksm, Numbers
 from vapama.spec.words import Flag
 
-BLOCK = 512
+BLOCK_SHIFT = 9
+BLOCK = 1 << BLOCK_SHIFT
 """The pages of a huge page: it takes 2 MBytes."""
 
 
