@@ -115,6 +115,68 @@ void translate_many(const word *memory, word entries, word mode, word reserved, 
                            &values[i]);
 }
 
+/* The same in groups, level by level, as the kernels do it: what is not plain goes to `walk`. */
+enum { GROUP = 64 };
+
+void translate_many_in_groups(const word *restrict memory, word entries, word mode, word reserved,
+                              word cr3, word pkru, word pkrs, const word *restrict addresses,
+                              word access, word *restrict statuses, word *restrict values,
+                              word count) {
+    word index[GROUP], entry[GROUP], left[GROUP], offset[GROUP], odd[GROUP];
+    int levels = bit(mode, LA57) ? 5 : 4, width = 12 + 9 * levels;
+    word ones = ((word)1 << (65 - width)) - 1, write = bit(access, 1), fetch = bit(access, 4);
+    word code = write << 1 | bit(access, 2) << 2 |
+                (fetch & (bit(mode, NXE) | bit(mode, SMEP))) << 4 |
+                (bit(access, 6) & bit(mode, CET)) << 6;
+    word special = !entries | code >> 6, no_large = 0x30 | (bit(mode, PAGE1GB) ^ 1) << 3;
+    for (word first = 0; first < count; first += GROUP) {
+        int size = count - first < GROUP ? (int)(count - first) : GROUP;
+        const word *address = addresses + first;
+        for (int j = 0; j < size; j++) {
+            word upper = address[j] >> (width - 1);
+            word at = (cr3 & FRAME) >> 3 | (address[j] >> (width - 9) & 0x1ff);
+            odd[j] = special | (upper != 0 && upper != ones) | (at >= entries);
+            index[j] = at < entries ? at : 0;
+            left[j] = ~(word)0;
+            offset[j] = 0;
+        }
+        for (int level = special ? 0 : levels; level > 0; level--) {
+            int shift = 3 + 9 * level;
+            word below = ((word)1 << shift) - 1, maps = level == 1 ? 0x80 : 0;
+            word may_map = level > 3 ? 0 : 0x80, zero = reserved | (no_large >> level & 1) << 7;
+            for (int j = 0; j < size; j++)
+                entry[j] = memory[index[j]];
+            for (int j = 0; j < size; j++) {
+                word on = offset[j] == 0, page = ((entry[j] & may_map) | maps) != 0;
+                word bad = (entry[j] & (zero | (page ? below & FRAME : 0))) | ((entry[j] & 1) ^ 1);
+                word next = (entry[j] & FRAME) >> 3 | (address[j] >> (shift - 9) & 0x1ff);
+                odd[j] |= on ? bad : 0;
+                left[j] &= entry[j] ^ (word)1 << 63;
+                offset[j] = on & page ? below : offset[j];
+                on = offset[j] == 0;
+                odd[j] |= on & (next >= entries);
+                index[j] = on & (next < entries) ? next : index[j];
+            }
+        }
+        for (int j = 0; j < size; j++)
+            if (!odd[j]) {
+                word value, status;
+                status = finish(mode, pkru, pkrs, address[j], code, access, entry[j], left[j] & 6, 6,
+                                left[j] >> 63 ^ 1, 1, 12, &value);
+                if (status != FAULT) {
+                    status = 1 + (offset[j] > 0xfff) + (offset[j] > 0x1fffff);
+                    value = (entry[j] & FRAME & ~offset[j]) | (address[j] & offset[j]);
+                }
+                statuses[first + j] = status;
+                values[first + j] = value;
+            }
+        for (int j = 0; j < size; j++)
+            if (odd[j])
+                statuses[first + j] = walk(memory, entries, mode, reserved, cr3, pkru, pkrs,
+                                           address[j], access, &values[first + j]);
+    }
+}
+
 /* The second stage, EPT, and the guest's walk through it. */
 
 enum { VIOLATION = 8, MISCONFIGURED = 9 };

@@ -37,7 +37,7 @@ from vapama.spec.paging import translate
 from vapama.spec.stage import Ept
 
 ROUNDS = 7
-KERNEL, C_LOOP = "compiled kernel", "C, the same checks"
+KERNEL, C_LOOP, C_GROUPS = "compiled kernel", "C, the same checks", "C, in groups too"
 READ = Access(0, user=1)
 
 
@@ -66,9 +66,9 @@ def kernel(question: Question) -> Run:
     return run
 
 
-def c_loop(question: Question) -> Run:
-    """The equal loop in C."""
-    many = peers.library("equal").translate_many
+def c_loop(question: Question, name: str = "translate_many") -> Run:
+    """The equal loop in C, or another function there that takes and gives the same."""
+    many = getattr(peers.library("equal"), name)
     scalar, row = ctypes.c_uint64, ctypes.c_void_p
     many.argtypes = [row, *[scalar] * 6, row, scalar, row, row, scalar]
     many.restype = None
@@ -106,6 +106,7 @@ def in_python(walk: Callable[..., object], question: Question) -> Run:
 ONE_STAGE: dict[str, tuple[Callable[[Question], Run], int]] = {
     KERNEL: (kernel, 1_000_000),
     C_LOOP: (c_loop, 1_000_000),
+    C_GROUPS: (partial(c_loop, name="translate_many_in_groups"), 1_000_000),
     "addrxlat (C)": (peers.addrxlat, 200_000),
     "unicorn": (peers.unicorn, 5_000),
     "memprocfs": (peers.memprocfs, 5_000),
