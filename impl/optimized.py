@@ -453,7 +453,6 @@ class Compiled:
         for efer in (LME | LMA, 0):
             cpu = Cpu(cr0=PG | PE, cr3=0, cr4=PAE, efer=efer)
             self.translate(cpu, Sparse({0: 0}, 4096), Access(0))
-            self.translate_many(cpu, Sparse({0: 0}, 4096), [0], Access(0))
         for stage in (Ept(0x1E), Npt(0)):
             self.second_stage(stage, Sparse({0: 0}, 4096), GuestPhysicalAccess(0))
             self.second_stage_many(stage, Sparse({0: 0}, 4096), [0], GuestPhysicalAccess(0))

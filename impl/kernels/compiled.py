@@ -20,8 +20,8 @@ from vapama.spec.words import WORD, Condition, Word, ite
 
 Kernel = Callable[..., Any]
 
-APART = ("walk_stage", "second", "walk_cached", "commit")
-"""Kernels too large to be inlined: two walks, called from several places, and what calls them."""
+APART = ("nested.walk_stage", "nested.walk", "batches.descend")
+"""Kernels too large to be inlined: several walks, called from several places."""
 
 
 def select(condition: Condition, then: Word, otherwise: Word) -> Word:
@@ -42,7 +42,7 @@ def compiled(kernel: Kernel) -> Kernel:
             _unsigned(kernel),
             cache=_has_a_file(kernel),
             nogil=True,
-            inline="never" if kernel.__name__ in APART else "always",
+            inline="never" if _short_name(kernel) in APART else "always",
         )
     return _compiled[kernel]
 
@@ -90,6 +90,10 @@ def _constant(value: object) -> object:
     if isinstance(value, types.FunctionType):
         return compiled(INSTEAD.get(value, value))
     return value
+
+
+def _short_name(kernel: Kernel) -> str:
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
 
 
 def _has_a_file(kernel: Kernel) -> bool:
