@@ -50,7 +50,9 @@ VECTORS_HEAD = """\
 For each kind of [test vector](vectors.md) that comes with vapama, how its walks go and end, and how
 many vectors do so. The paths that the symbolic engine enumerates in the walks of one stage are all
 taken: `tests/cli/test_vectors.py` evaluates their conditions on the vectors. Of two stages together
-the paths are too many for that, and these are drawn at random.
+there are too many for that. There a guest's walk goes and ends in each way of its own; and at each
+place where the second stage is walked (each table of the guest, each update of its flags, the page)
+that walk goes and ends in each way that it does alone.
 """
 
 

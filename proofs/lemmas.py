@@ -21,6 +21,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from types import ModuleType
 from typing import Any
 
@@ -302,8 +303,12 @@ class Instance(Nondet):
         """Says nothing here."""
         return True
 
-    def access(self) -> Any:
+    def access(self, *states: ControlStates) -> Any:
         """The access of the call."""
+        if states:
+            raise Unfaithful(
+                f"the lemma {self.lemma} draws accesses of kinds, which a call has not"
+            )
         return self._drawn(Nondet.access)
 
     def cpu(self, *states: ControlStates) -> Any:
@@ -445,6 +450,10 @@ class Lemmas:
         if any(path.decisions for path in paths):
             shown = completeness.explored(paths)
             self.explorer.settled(MUST, [shown, z3.Not(shown)], 0)
+            # What is shown before anything is asked holds on all of these paths.
+            first = takewhile(lambda decision: decision[0] == MUST, paths[0].decisions)
+            for _, options, _ in first:
+                self.explorer.learn(options[0])
         return paths
 
     def _run(self, lemma: Invariant, call: Call, aside: Explorer) -> None:

@@ -737,12 +737,14 @@ class Explorer(Nondet):
         return self.known[fact.number] is not fact.negated
 
     def _learn(self, fact: Fact, holds: bool) -> None:
-        """From here on the path knows a condition, and the parts of a conjunction that holds."""
+        """From here on the path knows a condition, and the parts of a conjunction that holds: it
+        is here the negation of a disjunction.
+        """
         holds = holds is not fact.negated
         self.known[fact.number] = holds
-        if holds and z3.is_and(fact.simple):
+        if not holds and z3.is_or(fact.simple):
             for part in fact.simple.children():
-                self._learn(self._fact(part), True)
+                self._learn(self._fact(part), False)
 
     def known_truth(self, term: z3.BoolRef) -> bool | None:
         """The truth of a condition that this path has met already, else None; asks no solver."""
@@ -768,7 +770,8 @@ class Explorer(Nondet):
         """Terms that mean the same on a re-run are the same to z3, so the work is done once."""
         found = self.simplified.get(term.get_id())
         if found is None:
-            simple = z3.simplify(term)
+            # Of what De Morgan makes of one another, all are the same then.
+            simple = z3.simplify(term, elim_and=True)
             negated = False
             while z3.is_not(simple):
                 simple, negated = simple.arg(0), not negated
@@ -934,6 +937,12 @@ class Explorer(Nondet):
             self.trail.append(noted)
         if self._decide(kind, options) != taken:
             raise NotDeterministic(f"decision {self.position - 1} was another before ({kind})")
+
+    def learn(self, term: z3.BoolRef) -> None:
+        """Know a condition from here on that was shown to hold."""
+        fact = self._fact(term)
+        if fact.simple is not TRUE:
+            self._learn(fact, True)
 
     def suppose(self, ways: list[list[z3.BoolRef]]) -> None:
         """Go on where all conditions of one of these ways hold; what is in each of them is known

@@ -78,10 +78,12 @@ class Nondet(ABC):
         """0 or 1."""
         return self.word(name, domains.FLAG)
 
-    def access(self) -> Access:
-        """Any access to any linear address, but none to a shadow stack."""
-        kind, address = self.words(ACCESS_DRAWS)
-        return Access(address, kind >> 1 & 1, kind >> 4 & 1, kind >> 2 & 1, kind & 1)
+    def access(self, *states: "ControlStates") -> Access:
+        """Any access to any linear address, but none to a shadow stack; with a kind of control
+        states named, that too, and with metadata in the address.
+        """
+        kind, address = self.words(states[0].access_draws if states else ACCESS_DRAWS)
+        return Access(address, kind >> 1 & 1, kind >> 4 & 1, kind >> 2 & 1, kind & 1, kind >> 6 & 1)
 
     def cpu(self, *states: "ControlStates") -> Cpu:
         """Any control state of these kinds; of 4-level or 5-level paging if none is named, without
@@ -100,11 +102,7 @@ class Nondet(ABC):
         """
         cpu, chosen = self._cpu_of(states)
         memory = self.memory("guest", entries=chosen.entries)
-        kind, address = self.words(chosen.access_draws)
-        access = Access(
-            address, kind >> 1 & 1, kind >> 4 & 1, kind >> 2 & 1, kind & 1, kind >> 6 & 1
-        )
-        return cpu, memory, access
+        return cpu, memory, self.access(chosen)
 
     def _cpu_of(self, states: Sequence["ControlStates"]) -> tuple[Cpu, "ControlStates"]:
         chosen = states[0] if len(states) == 1 else self.one_of("states", states)
@@ -223,6 +221,11 @@ LONG_MODE = ControlStates(
     domains.SHADOW_ENTRY,
 )
 """With masked addresses and shadow stacks, other than what `Nondet.cpu` draws of itself."""
+NOT_MASKED = ControlStates(
+    "4-level and 5-level paging, no masked addresses",
+    {"cr4": domains.CET_CR4},
+    domains.SHADOW_ENTRY,
+)
 _LEGACY = {"cr3": domains.LEGACY_CR3, "efer": domains.LEGACY_EFER, "rflags": domains.LEGACY_RFLAGS}
 _PAE = {**_LEGACY, "cr4": domains.PAE_CR4}
 PAE_PAGING = ControlStates("PAE paging", _PAE, domains.PAE_ENTRY, pdptes=True)

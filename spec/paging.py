@@ -158,11 +158,11 @@ def masked(cpu: Cpu, access: Access) -> Word:
     la57, sup = flag(cpu.cr4 & LA57 != 0), flag(cpu.cr4 & LAM_SUP != 0)
     u57, u48 = flag(cpu.cr3 & LAM_U57 != 0), flag(cpu.cr3 & LAM_U48 != 0)
     data = access.fetch ^ 1
-    if data & ite(supervisor == 1, sup & la57, u57):
-        return address & ~METADATA_57 | bit(address, 56) * METADATA_57
-    if data & ite(supervisor == 1, sup & (la57 ^ 1), u48):
-        return address & ~METADATA_48 | bit(address, 47) * METADATA_48
-    return address
+    by_57 = address & ~METADATA_57 | bit(address, 56) * METADATA_57
+    by_48 = address & ~METADATA_48 | bit(address, 47) * METADATA_48
+    lam57 = data & ite(supervisor == 1, sup & la57, u57)
+    lam48 = data & ite(supervisor == 1, sup & (la57 ^ 1), u48)
+    return ite(lam57 == 1, by_57, ite(lam48 == 1, by_48, address))
 
 
 def pdpte_for(cpu: Cpu, memory: Memory, address: Word) -> Word | OutsideMemory:

@@ -73,11 +73,11 @@ def without_metadata(mode: Word, cr3: Word, address: Word, access: Word) -> Word
     user = address >> 63 ^ 1
     la57 = mode >> MODE_LA57 & 1
     data = access >> 4 & 1 ^ 1
-    if data & (sup & la57 | user & cr3 >> 61):
-        return address & 0x81FFFFFFFFFFFFFF | (address >> 56 & 1) * 0x7E00000000000000
-    if data & (sup & (la57 ^ 1) | user & cr3 >> 62):
-        return address & 0x8000FFFFFFFFFFFF | (address >> 47 & 1) * 0x7FFF000000000000
-    return address
+    lam57 = data & (sup & la57 | user & cr3 >> 61)
+    lam48 = data & (sup & (la57 ^ 1) | user & cr3 >> 62) & (lam57 ^ 1)
+    metadata = lam57 * 0x7E00000000000000 | lam48 * 0x7FFF000000000000
+    highest = (lam57 & address >> 56 | lam48 & address >> 47) * metadata
+    return address & ~metadata | highest
 
 
 def access_code(mode: Word, access: Word) -> Word:

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,40 @@ def test_the_vectors_take_every_path_that_the_symbolic_engine_enumerates(
     least = min(ways, key=lambda way: ways[way])
     others = [vector for vector in own if vector.path != least]
     assert fill.missed(kind, paths, others) != []
+
+
+def test_two_stages_go_and_end_in_each_way_that_one_of_them_does(shipped: list[Vector]) -> None:
+    alone: dict[str, set[str]] = defaultdict(set)
+    behind: dict[tuple[str, str], set[str]] = defaultdict(set)
+    ends: dict[str, set[str]] = defaultdict(set)
+    for vector in shipped:
+        mode, _, way = vector.path.partition(", ")
+        if "two stages" not in vector.kind:
+            alone[mode].add(way)
+        elif "witness" in vector.flags:
+            before, stops, after = way.partition(" behind, ")
+            before, _, place = before.rpartition(", ")
+            if stops:
+                behind[mode, place].add(after.replace("beyond memory", "translated"))
+            if not stops or (place == "page" and after.endswith("translated")):
+                ends[mode].add(f"{before}, translated" if stops else way)
+    assert len(behind) == 2 * (5 + 6) + 2 * 5
+    for (mode, place), ways in behind.items():
+        guest, _, stage = mode.partition(" over ")
+        missing = alone[stage] - ways
+        if place != {"4-level paging": "PML4E", "5-level paging": "PML5E"}[guest]:
+            # Where a table was read the second stage's root is in memory.
+            (root,) = missing
+            assert re.fullmatch("[A-Z0-9]+ outside memory, entry outside memory", root)
+        else:
+            assert missing == set()
+        if guest.split("-")[0] == stage.split("-")[0]:
+            # An entry outside memory is here one behind the second stage.
+            lacking = {way for way in alone[guest] - ends[mode] if "outside memory" not in way}
+            assert lacking == set()
+    written = {vector.path.rpartition("flags of ")[2] for vector in shipped}
+    tables = ("PML4E", "PDPTE", "PDE", "PTE")
+    assert written >= {f"{table}, EPT violation (denied)" for table in tables}
 
 
 def test_the_schema_is_up_to_date() -> None:

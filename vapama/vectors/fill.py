@@ -5,8 +5,9 @@ and for each of its paths, and each way to exercise it, values are asked for tha
 draws add what a path does not tell apart, and seeded mistakes what tells them from what is right.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import Random
 from typing import Any
 
@@ -20,9 +21,10 @@ from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, WP, Cpu
 from vapama.spec.nondet import Nondet, Reject
 from vapama.spec.outcomes import RSVD, EptViolation, NestedPageFault, P, PageFault, Translated
 from vapama.spec.paging import EXECUTE_DISABLE, USER, WRITABLE
-from vapama.spec.stage import EPT_CAPABILITIES
+from vapama.spec.stage import EPT_CAPABILITIES, Ept, Npt
 from vapama.vectors.form import Vector
 from vapama.vectors.questions import KINDS, Kind, Question, draws_of, mode_name, path_of
+from vapama.vectors.two_stages import lifted
 
 RLIMIT = 20_000_000
 Progress = Callable[[str], None]
@@ -207,33 +209,39 @@ def _settle(solver: Any, term: Any, values: Sequence[int]) -> None:
     solver.add(term == value)
 
 
-DRAWN = 2_000
-"""Random questions of a kind whose paths are too many, of which those that differ are kept."""
-
-
-def drawn(kind_: Kind, seed: int, progress: Progress = quiet) -> Iterator[tuple[str, Draws]]:
-    """Of a kind whose paths are too many to enumerate: random draws, one for each way in which the
-    walks went and ended, made simpler as far as they go the same way.
+def composed(kind_: Kind, alone: Sequence[Question]) -> Iterator[tuple[str, Draws]]:
+    """Of a kind with two stages, whose paths are too many to enumerate: the paths of each stage put
+    together, as `vapama.vectors.two_stages` does it, one question for each way of the whole.
     """
-    source, seen = RandomDraws(Random(seed)), set[str]()
-    for number in range(DRAWN):
-        progress(f"{kind_.name}: {number:,} drawn, {len(seen):,} kept")
-        source.trail.clear()
-        question = kind_.draw(source)
+    seen: set[str] = set()
+    for name, question in lifted(alone, Ept if "EPT" in kind_.name else Npt):
         path = path_of(question, question.answer())
         if path not in seen:
             seen.add(path)
-            yield "any access", _simpler(kind_, dict(source.draws()), path)
+            yield name, draws_of(kind_, question, dict(question.loads()))
 
 
-def _simpler(kind_: Kind, draws: Draws, path: str) -> Draws:
-    """The draws with as many as possible left to their simplest values, on the same path."""
-    for name in list(draws):
-        less = {other: value for other, value in draws.items() if other != name}
-        question = kind_.draw(Replay(less))
-        if path_of(question, question.answer()) == path:
-            draws = less
-    return draws
+GUESTS = KINDS["4-level and 5-level paging"]
+
+
+@lru_cache(maxsize=1)
+def guests(progress: Progress = quiet) -> tuple[Question, ...]:
+    """Guests of one stage: a witness for each way in which their walks go and end, and for the
+    pages of 4 KBytes for each kind of access.
+    """
+    return distinct(GUESTS.draw(Replay(draws)) for _, draws in witnesses(GUESTS, progress))
+
+
+def distinct(questions: Iterable[Question]) -> tuple[Question, ...]:
+    """The first of the questions that go and end alike, for the same kind of access."""
+    found: dict[tuple[Any, ...], Question] = {}
+    for question in questions:
+        outcome = question.answer()
+        access = question.access
+        small = isinstance(outcome, Translated) and outcome.level == 1
+        kind_of_access = (access.write, access.fetch, access.shadow_stack) if small else ()
+        found.setdefault((path_of(question, outcome), kind_of_access), question)
+    return tuple(found.values())
 
 
 # VECTORS
@@ -324,9 +332,9 @@ def fill(
     filled = Filled()
     without: dict[str, str] = {}
     for kind_ in kinds:
-        found = witnesses(kind_, progress) if kind_.symbolic else drawn(kind_, seed, progress)
+        found = witnesses(kind_, progress) if kind_.symbolic else composed(kind_, guests(progress))
         for exercise, draws in found:
-            filled.add(kind_, draws, "witness" if kind_.symbolic else "drawn", (exercise,))
+            filled.add(kind_, draws, "witness", (exercise,))
         source = RandomDraws(Random(seed))
         for number in range(random):
             progress(f"{kind_.name}: {number:,} random")

@@ -8,11 +8,12 @@ from vapama.runs import Guarded
 from vapama.spec import domains, modes, nested, nondet, paging, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LA57, LMA, PAE, Cpu
-from vapama.spec.memory import Memory, Watched
+from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import LONG_MODE, ControlStates, Invariant, Nondet
-from vapama.spec.outcomes import Outcome, OutsideMemory, kind
+from vapama.spec.outcomes import Outcome, OutsideMemory, Translated, kind
 from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.subject import SECOND_STAGE, TRANSLATE, agree
+from vapama.spec.words import Word
 
 
 class Question(NamedTuple):
@@ -106,12 +107,12 @@ def _npt(nondet: Nondet) -> Question:
 def _over_ept(nondet: Nondet) -> Question:
     cpu, stage = nondet.cpu(LONG_MODE), nondet.ept()
     memory = nondet.memory("host", entries=domains.EPT_ENTRY)
-    return Question(cpu, memory, nondet.access(), stage)
+    return Question(cpu, memory, nondet.access(LONG_MODE), stage)
 
 
 def _over_npt(nondet: Nondet) -> Question:
     cpu, stage = nondet.cpu(LONG_MODE), nondet.npt()
-    return Question(cpu, nondet.memory("host"), nondet.access(), stage)
+    return Question(cpu, nondet.memory("host"), nondet.access(LONG_MODE), stage)
 
 
 TRANSLATE_NESTED = "translate_nested"
@@ -214,10 +215,57 @@ def path_of(question: Question, outcome: Outcome) -> str:
     """The walk in a line: what each entry was, and how it ended."""
     if question.stage is not None:
         modes_ = f"{mode_name(question.state)} over {mode_name(question.stage)}"
-        loads = len(question.loads())
-        return f"{modes_}, {loads} reads, {_ending(question, outcome)}"
+        return ", ".join((modes_, *_steps_of_both(question, question.stage)))
     steps = list(_steps(question, outcome))
     return ", ".join((mode_name(question.state), *steps, _ending(question, outcome)))
+
+
+class Asking(nested.GuestMemory):
+    """A guest's memory that keeps what is asked of it."""
+
+    def load(self, address: Word) -> Word:
+        """The entry at a guest-physical address. Raises `Stopped`."""
+        self.asked = address
+        return super().load(address)
+
+
+def _steps_of_both(question: Question, stage: Stage) -> Iterator[str]:
+    """The guest's steps, and of the second stage's walks the last: that which ended it."""
+    cpu, memory, access = question.state, question.memory, question.access
+    assert isinstance(cpu, Cpu)
+    guest = Asking(stage, memory)
+    try:
+        outcome = paging.translate(cpu, guest, access)
+    except nested.Stopped:
+        names = [STRUCTURES[level] for level in range(_top(cpu), 0, -1)]
+        yield from (f"{name} table" for name in names[: len(guest.loads)])
+        yield f"{names[len(guest.loads)]} behind"
+        yield from _of_stage(stage, memory, nested.access_to_table(guest.asked), "beyond memory")
+        return
+    entries = {load.gpa: load.entry for load in guest.loads}
+    own = Question(cpu, Sparse(entries, nested.GUEST_LIMIT), access)
+    yield from _steps(own, outcome)
+    if not isinstance(outcome, Translated):
+        yield _ending(own, outcome)
+        return
+    flags = zip(nested.entries_with_flags(cpu, guest), outcome.updates, strict=True)
+    for number, (load, update) in enumerate(flags):
+        written = nested.write_back(stage, memory, load, update)
+        if nested.flags_are_written_apart(stage) and not isinstance(written, Translated):
+            yield f"flags of {STRUCTURES[_top(cpu) - number]}"
+            yield _ending(question, written)
+            return
+    yield "page behind"
+    page = nested.access_to_page(cpu, guest, access, outcome.pa)
+    yield from _of_stage(stage, memory, page, "translated")
+
+
+def _of_stage(stage: Stage, memory: Memory, access: Any, translated: str) -> Iterator[str]:
+    """How a walk of the second stage goes and ends; `translated` is what comes of it if it does."""
+    question = Question(stage, memory, access)
+    outcome = question.answer()
+    yield from _steps(question, outcome)
+    yield translated if isinstance(outcome, Translated) else _ending(question, outcome)
 
 
 def mode_name(state: Cpu | Stage) -> str:
