@@ -245,12 +245,10 @@ class Instance(Nondet):
     That they are in the domains of the draws, and what the claim assumes, is to be shown.
     """
 
-    def __init__(
-        self, explorer: Explorer, lemma: str, arguments: tuple[Any, ...], shown: dict[str, Any]
-    ) -> None:
+    def __init__(self, explorer: Explorer, lemma: str, arguments: tuple[Any, ...]) -> None:
         self.explorer, self.lemma, self.arguments = explorer, lemma, arguments
-        self.shown = shown
-        """Arguments by the draws that were shown to give them, for a lemma at this call."""
+        self.shown: dict[str, Any] = {}
+        """Arguments by the draws that were shown to give them."""
         self.values: dict[str, Any] = {}
         for argument in arguments:
             if not hasattr(argument, "load"):
@@ -352,6 +350,23 @@ class Call(typing.NamedTuple):
     outcome: Any
 
 
+class Running:
+    """A lemma's claim that is run on a call, of which the outcome is one of several."""
+
+    def __init__(self, arguments: tuple[Any, ...], outcomes: list[Any], aside: Explorer) -> None:
+        self.arguments, self.outcomes, self.aside = arguments, outcomes, aside
+        self.outcome: Any = None
+
+    def chosen(self) -> Any:
+        """The outcome, in this run of the claim. Asked for late: what was shown before it is the
+        same for all of them.
+        """
+        if self.outcome is None:
+            several = len(self.outcomes) > 1
+            self.outcome = self.outcomes[self.aside.choose(len(self.outcomes)) if several else 0]
+        return self.outcome
+
+
 class Met(typing.NamedTuple):
     """What came of a call of the reference: the outcome that it was given, what was decided for it,
     and what is known since.
@@ -368,8 +383,7 @@ class Lemmas:
     def __init__(self, explorer: Explorer, subject: Any, lemmas: Sequence[Invariant]) -> None:
         self.explorer, self.subject, self.lemmas = explorer, subject, lemmas
         self.calls: list[Call] = []
-        self.running: Call | None = None
-        self.shown: dict[str, Any] = {}
+        self.running: Running | None = None
         self.met: dict[int, Met] = {}
         """What came of calls of the reference, by the way that a run had taken when it came to one:
         all that it did until then depends on that alone.
@@ -384,7 +398,7 @@ class Lemmas:
         if self.running is not None:
             # A lemma's claim asks for it, which may know its own draws alone.
             if all(a is b for a, b in zip(arguments, self.running.arguments, strict=True)):
-                return self.running.outcome
+                return self.running.chosen()
             raise Unfaithful(f"{equality.name} asks for the reference at others than its draws")
         for call in self.calls:
             if all(_identical(a, b) for a, b in zip(arguments, call.arguments, strict=True)):
@@ -409,13 +423,13 @@ class Lemmas:
         """Any outcome that the lemmas allow for a call with these arguments, where the subject's is
         of this kind.
         """
-        self.shown = {}
-        for kind in KINDS:
-            if kind is not type(ours):
-                self._rule_out(equality, Call(arguments, self._arbitrary(kind)))
+        others = [self._arbitrary(kind) for kind in KINDS if kind is not type(ours)]
+        # Outcomes of another kind than the subject's must be refuted by the lemma outright.
+        if any(path.failure is None for path in self._paths(equality, arguments, others)):
+            raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
         outcome = self._arbitrary(type(ours))
         for lemma in self.lemmas:
-            self._instantiate(lemma, Call(arguments, outcome))
+            self._instantiate(lemma, arguments, outcome)
         return self._simplified(outcome, ours)
 
     def _arbitrary(self, kind: type) -> Any:
@@ -430,23 +444,25 @@ class Lemmas:
                 values[part.name] = made(z3.BitVec(name, 64))
         return kind(**values)
 
-    def _rule_out(self, equality: Invariant, call: Call) -> None:
-        """Outcomes of another kind than the subject's must be refuted by the lemma outright."""
-        if any(path.failure is None for path in self._paths(equality, call)):
-            raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
-
-    def _instantiate(self, lemma: Invariant, call: Call) -> None:
+    def _instantiate(self, lemma: Invariant, arguments: tuple[Any, ...], outcome: Any) -> None:
         """Run a lemma's claim on a call: the rest of the path is where its assertions hold."""
-        holding = [path for path in self._paths(lemma, call) if path.failure is None]
+        paths = self._paths(lemma, arguments, [outcome])
+        holding = [path for path in paths if path.failure is None]
         if not holding:
             raise Reject
         ways = [path.conditions() for path in holding]
         if all(ways):
             self.explorer.suppose(ways)
 
-    def _paths(self, lemma: Invariant, call: Call) -> list[Path]:
-        """The paths of a lemma's claim on a call. What is shown on them is shown from here on."""
-        paths = self.explorer.aside(lambda aside: self._run(lemma, call, aside))
+    def _paths(
+        self, lemma: Invariant, arguments: tuple[Any, ...], outcomes: list[Any]
+    ) -> list[Path]:
+        """The paths of a lemma's claim on a call that has one of these outcomes. What is shown on
+        them is shown from here on.
+        """
+        paths = self.explorer.aside(
+            lambda aside: self._run(lemma, Running(arguments, outcomes, aside))
+        )
         if any(path.decisions for path in paths):
             shown = completeness.explored(paths)
             self.explorer.settled(MUST, [shown, z3.Not(shown)], 0)
@@ -456,11 +472,10 @@ class Lemmas:
                 self.explorer.learn(options[0])
         return paths
 
-    def _run(self, lemma: Invariant, call: Call, aside: Explorer) -> None:
-        self.running, self.shown = call, {}
+    def _run(self, lemma: Invariant, running: "Running") -> None:
+        self.running = running
         try:
-            instance = Instance(aside, lemma.name, call.arguments, self.shown)
-            lemma.claim(instance, self.subject)
+            lemma.claim(Instance(running.aside, lemma.name, running.arguments), self.subject)
         except Reject:
             raise Unfaithful(f"the lemma {lemma.name} is used where it says nothing") from None
         finally:

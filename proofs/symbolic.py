@@ -690,9 +690,13 @@ class Explorer(Nondet):
             if chosen >= len(options):
                 raise Reject
         else:
-            chosen = self._decide(CHOICE, [z3.BoolVal(True)] * len(options))
+            chosen = self.choose(len(options))
         self._drawn(name, z3.BitVecVal(chosen, 64))
         return options[chosen]
+
+    def choose(self, count: int) -> int:
+        """Each number below `count`, on its own path."""
+        return self._decide(CHOICE, [TRUE] * count)
 
     def memory(
         self,

@@ -237,7 +237,6 @@ def _is_as_on_a_bare_machine(
     nondet: Nondet, subject: Any, cpu: Cpu, stage: Stage, memory: Memory, access: Access
 ) -> None:
     """The guest-visible outcome is that of a machine whose memory is what the stage maps."""
-    nondet.reach(kind(translate(cpu, stage, memory, access)))
     outcome = subject.translate_nested(cpu, stage, memory, access)
     guest = GuestMemory(stage, memory)
     needed: list[Outcome] = []
@@ -275,8 +274,7 @@ def _is_as_on_a_bare_machine(
     reaches=("translated", "page fault", "exit", "a table is out of reach"),
     needs=(NESTED, SECOND_STAGE, PA, ERROR_CODE),
     twin="nested-rights-come-from-the-leaf",
-    bound=LONG,
-    uses=EPT_WALK,
+    searched="it follows from the walk's equality with the reference, which is proved",
 )
 def under_ept_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
     """What a guest sees is what it would see on a bare machine that holds the composed mapping: its
@@ -290,8 +288,7 @@ def under_ept_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
     reaches=("translated", "page fault", "exit", "a table is out of reach"),
     needs=(NESTED, SECOND_STAGE, PA, ERROR_CODE),
     twin="nested-root-is-not-translated",
-    bound=LONG,
-    uses=NPT_WALK,
+    searched="it follows from the walk's equality with the reference, which is proved",
     unsuited=("exhaustive",),
 )
 def under_npt_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
