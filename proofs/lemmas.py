@@ -384,9 +384,9 @@ class Lemmas:
         self.explorer, self.subject, self.lemmas = explorer, subject, lemmas
         self.calls: list[Call] = []
         self.running: Running | None = None
-        self.met: dict[int, Met] = {}
-        """What came of calls of the reference, by the way that a run had taken when it came to one:
-        all that it did until then depends on that alone.
+        self.met: dict[tuple[int, int], Met] = {}
+        """What came of calls of the reference, by the way that a run had taken when it came to one,
+        and how many it had met: all that it did until then depends on the way alone.
         """
 
     def begin(self) -> None:
@@ -406,12 +406,13 @@ class Lemmas:
         assert equality.equates is not None
         ours = getattr(self.subject, equality.equates[1])(*arguments)
         explorer = self.explorer
-        met = self.met.get(explorer.edge)
+        way = explorer.edge, len(self.calls)
+        met = self.met.get(way)
         if met is None:
-            edge, before, known = explorer.edge, len(explorer.asked), len(explorer.known)
+            before, known = len(explorer.asked), len(explorer.known)
             outcome = self._outcome(equality, arguments, ours)
             learned = list(explorer.known.items())[known:]
-            met = self.met[edge] = Met(outcome, explorer.asked[before:], learned)
+            met = self.met[way] = Met(outcome, explorer.asked[before:], learned)
         else:
             for decision in met.decisions:
                 explorer.settled(*decision)
