@@ -112,7 +112,7 @@ def test_a_program_of_every_kind_of_step_agrees(hypervisor: NestedKvm) -> None:
 
 
 def test_random_programs_agree(hypervisor: NestedKvm) -> None:
-    tally = oracle_programs.run(hypervisor, 100, seed=Random().getrandbits(32), seconds=8)
+    tally = oracle_programs.run(hypervisor, 100, seed=1, seconds=8)
     assert not tally.differences, oracle_programs.as_json(tally)
     assert tally.steps > 10 * tally.judged > 0
 
