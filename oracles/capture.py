@@ -10,8 +10,9 @@ import mmap
 import re
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +20,32 @@ import numpy.typing as npt
 from vapama.oracles import linux
 from vapama.oracles.emulator import CannotStart, Emulator, built
 from vapama.oracles.qemu import EMULATOR
-from vapama.spec.cpu import LA57
+from vapama.spec.cpu import LA57, LMA, PAE
 
-SOURCE = Path(__file__).parent / "guest" / "capture.c"
-MODELS = {"4-level": "max,la57=off", "5-level": "max,la57=on"}
-"""QEMU's CPU model for each kind of paging; MAXPHYADDR is 40."""
+SOURCES = Path(__file__).parent / "guest"
+
+
+class Kind(NamedTuple):
+    """A kind of paging: QEMU's CPU model for it, the kernel, our init, and the compiler's options
+    for that.
+    """
+
+    model: str
+    flavor: str = linux.CLOUD
+    source: str = "capture.c"
+    options: tuple[str, ...] = ()
+
+
+FREESTANDING = ("-m32", "-ffreestanding", "-fno-stack-protector", "-fno-pie", "-nostdlib")
+KINDS = {
+    "4-level": Kind("max,la57=off"),
+    "5-level": Kind("max,la57=on"),
+    "pae": Kind("max", linux.PAE, "capture32.c", FREESTANDING),
+    "32-bit": Kind("max", linux.LEGACY, "capture32.c", FREESTANDING),
+}
 MAXPHYADDR = 40
 RAM_BYTES = 256 << 20
+PDPT = 0xFFFF_FFE0
 PAGE, FRAME, PRESENT, PAGE_SIZE = 4096, 0x000F_FFFF_FFFF_F000, 1, 1 << 7
 Words = npt.NDArray[np.uint64]
 
@@ -38,11 +58,12 @@ class Guest(Emulator):
     def __init__(self, kind: str) -> None:
         """Boot it, and stop it. Raises `CannotStart`."""
         super().__init__()
-        found = linux.find()
-        if found is None:
-            raise CannotStart("no kernel of Debian's is here: vapama oracles linux downloads one")
+        self.monitor: Monitor | None = None
+        model, flavor, source, options = KINDS[kind]
+        found = linux.required(flavor)
         init = self.folder / "init"
-        built(["gcc", "-std=gnu11", "-O2", "-Wall", "-static", "-o", str(init), str(SOURCE)])
+        compiler = ["gcc", "-std=gnu11", "-O2", "-Wall", "-static", *options]
+        built([*compiler, "-o", str(init), str(SOURCES / source)])
         (self.folder / "initramfs").write_bytes(linux.initramfs({"init": init.read_bytes()}))
         ram = self.folder / "ram"
         with ram.open("wb") as file:
@@ -54,7 +75,7 @@ class Guest(Emulator):
             [
                 EMULATOR,
                 *("-machine", "pc,accel=tcg,memory-backend=ram", "-object", backend),
-                *("-m", f"{RAM_BYTES >> 20}M", "-cpu", f"{MODELS[kind]},phys-bits={MAXPHYADDR}"),
+                *("-m", f"{RAM_BYTES >> 20}M", "-cpu", f"{model},phys-bits={MAXPHYADDR}"),
                 *("-display", "none", "-nodefaults", "-no-user-config", "-no-reboot"),
                 *("-serial", "stdio", "-qmp", "unix:qmp,server=on,wait=off"),
                 *("-kernel", str(found.kernel), "-initrd", "initramfs"),
@@ -65,14 +86,22 @@ class Guest(Emulator):
         while "capture: ready" not in (self.folder / "log").read_text(errors="replace"):
             self.require_starting(deadline)
             time.sleep(0.1)
-        self.monitor = Monitor(self.folder / "qmp")
+        self.monitor = monitor = Monitor(self.folder / "qmp")
         for _ in range(1000):
-            self.monitor.ask("stop")
-            if "CPL=3" in self.monitor.say("info registers"):
+            monitor.ask("stop")
+            if "CPL=3" in monitor.say("info registers"):
                 return
-            self.monitor.ask("cont")
+            monitor.ask("cont")
             time.sleep(0.01)
+        self.end()
         raise CannotStart("the guest was never found in ring 3")
+
+    def end(self) -> None:
+        """Stop it for certain."""
+        if self.monitor is not None:
+            self.monitor.file.close()
+            self.monitor = None
+        super().end()
 
 
 class Monitor:
@@ -82,6 +111,7 @@ class Monitor:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(path))
         self.file = connection.makefile("rw")
+        connection.close()  # the file is what is left of it
         self.file.readline()
         self.ask("qmp_capabilities")
 
@@ -106,13 +136,14 @@ def captured(kind: str) -> dict[str, Any]:
     """A snapshot, as arrays by name: see data/README.md. Raises `CannotStart`."""
     guest = Guest(kind)
     try:
+        assert guest.monitor is not None
         registers = registers_of(guest.monitor.say("info registers"))
         truth = truth_of(guest.monitor.say("info tlb"))
         words = np.frombuffer(guest.ram, dtype=np.uint64).reshape(-1, PAGE // 8)
-        frames = frames_of_tables(
-            words, registers["cr3"] & FRAME, 5 if registers["cr4"] & LA57 else 4
-        )
+        frames = frames_of_tables(words, registers)
         tables = words[frames >> 12].copy()
+        if registers["cr4"] & PAE and not registers["efer"] & LMA:
+            _clear_marks(tables, frames, registers["cr3"])
     finally:
         guest.end()
     numbers = {name: np.uint64(value) for name, value in registers.items()}
@@ -142,16 +173,41 @@ def truth_of(text: str) -> dict[str, Any]:
         raise CannotStart("qemu lists no mappings")
     return {
         "truth_va": np.array([int(va, 16) for va, _, _ in rows], dtype=np.uint64),
-        "truth_pa": np.array([int(pa, 16) for _, pa, _ in rows], dtype=np.uint64),
+        # In PAE paging QEMU 7.2 leaves the entry's upper bits in.
+        "truth_pa": np.array([int(pa, 16) & FRAME for _, pa, _ in rows], dtype=np.uint64),
         "truth_flags": np.array([flags for _, _, flags in rows]),
     }
 
 
-def frames_of_tables(words: Words, root: int, levels: int) -> npt.NDArray[np.int64]:
-    """The frames of all paging structures below a root, in RAM that begins at address 0."""
+def frames_of_tables(words: Words, registers: Mapping[str, int]) -> npt.NDArray[np.int64]:
+    """The frames of all paging structures below CR3, in RAM that begins at address 0."""
+    cr3, cr4 = registers["cr3"], registers["cr4"]
+    if registers["efer"] & LMA or "ncr3" in registers:
+        return _below(words, cr3 & FRAME, 5 if cr4 & LA57 else 4)
+    if cr4 & PAE:
+        pdptes = words.reshape(-1)[(cr3 & PDPT) >> 3 :][:4]
+        roots = [int(e) & FRAME for e in pdptes if int(e) & PRESENT]
+        return np.unique([cr3 & FRAME, *np.concatenate([_below(words, r, 2) for r in roots])])
+    return _below(words.view(np.uint32), cr3 & FRAME, 2)
+
+
+ACCESSED = 1 << 5
+
+
+def _clear_marks(tables: Words, frames: npt.NDArray[np.int64], cr3: int) -> None:
+    """Clear what QEMU sets in the PDPTEs of PAE paging as it walks: in memory they have no accessed
+    flag, and the bit is reserved (SDM Vol. 3A, table 4-8). A processor has them in registers.
+    """
+    page = int(np.flatnonzero(frames == cr3 & FRAME)[0])
+    first = (cr3 & PDPT & 0xFFF) >> 3
+    tables[page, first : first + 4] &= np.uint64(~ACCESSED & (1 << 64) - 1)
+
+
+def _below(words: Any, root: int, levels: int) -> npt.NDArray[np.int64]:
+    """The frames of the tables from a root on, with entries as large as the words."""
     found = tables = np.array([root], dtype=np.int64)
     for level in range(levels, 1, -1):
-        entries = words[tables >> 12].reshape(-1)
+        entries = words[tables >> 12].reshape(-1).astype(np.uint64)
         wanted = entries & np.uint64(PRESENT) != 0
         if level in (2, 3):
             wanted &= entries & np.uint64(PAGE_SIZE) == 0

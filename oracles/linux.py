@@ -4,6 +4,7 @@ The kernel is that of a package `linux-image-*-amd64`: installed on this host, o
 `download` and unpacked into the user's cache, with nothing installed.
 """
 
+import contextlib
 import lzma
 import os
 import shutil
@@ -18,7 +19,8 @@ from platformdirs import user_cache_path
 from vapama.oracles.emulator import CannotStart
 
 CACHE = user_cache_path("vapama") / "linux"
-PACKAGE = "linux-image-cloud-amd64"
+CLOUD, PAE, LEGACY = "cloud-amd64", "686-pae", "686"
+"""The flavors: x86-64, and 32-bit x86 with PAE paging and without."""
 MODULES = ("virt/lib/irqbypass", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd")
 """What KVM consists of, in the order of loading."""
 
@@ -38,40 +40,65 @@ class Linux(NamedTuple):
         return lzma.decompress(packed.read_bytes()) if packed.exists() else b""
 
 
-def find() -> Linux | None:
-    """A kernel of Debian's for x86-64 that is here: of the folder that VAPAMA_LINUX names, else
-    that downloaded, else one that is installed.
+def find(flavor: str = CLOUD) -> Linux | None:
+    """A kernel of Debian's that is here: of the folder that VAPAMA_LINUX names, else that
+    downloaded, else, for x86-64, one that is installed.
     """
-    named = os.environ.get("VAPAMA_LINUX")
-    for root in (Path(named),) if named else (CACHE, Path("/")):
-        for kernel in sorted(root.glob("boot/vmlinuz-*-amd64"), reverse=True):
+    cache = Path(os.environ.get("VAPAMA_LINUX", CACHE))
+    ending = flavor.removeprefix("cloud-")
+    roots = [cache / flavor, *([Path("/")] if flavor == CLOUD else [])]
+    for root in roots:
+        for kernel in sorted(root.glob(f"boot/vmlinuz-*-{ending}"), reverse=True):
             modules = root / "lib/modules" / kernel.name.removeprefix("vmlinuz-")
             if modules.is_dir():
                 return Linux(kernel, modules)
     return None
 
 
-def download() -> Linux:
+def required(flavor: str = CLOUD) -> Linux:
+    """The same. Raises `CannotStart` if there is none."""
+    found = find(flavor)
+    if found is None:
+        option = "" if flavor == CLOUD else f" --flavor {flavor}"
+        raise CannotStart(
+            f"no kernel {flavor} of Debian's is here: vapama oracles linux{option} downloads one"
+        )
+    return found
+
+
+def download(flavor: str = CLOUD) -> Linux:
     """Have apt download the kernel's package, and unpack it. Raises `CannotStart`."""
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise CannotStart(f"{tool} is not here: the kernel is Debian's")
-    told = _run("apt-cache", "depends", "--important", PACKAGE)
-    names = [line.split()[1] for line in told.splitlines() if "Depends: linux-image" in line]
-    if not names:
-        raise CannotStart(f"apt knows no {PACKAGE}: run apt-get update")
     with tempfile.TemporaryDirectory() as folder:
-        _run("apt-get", "download", "-qq", names[0], where=folder)
+        options = [] if flavor == CLOUD else _lists_of_i386(Path(folder))
+        told = _run("apt-cache", *options, "depends", "--important", f"linux-image-{flavor}")
+        names = [line.split()[1] for line in told.splitlines() if "Depends: linux-image" in line]
+        if not names:
+            raise CannotStart(f"apt knows no linux-image-{flavor}: run apt-get update")
+        _run("apt-get", *options, "download", "-qq", names[0], where=folder)
         (package,) = Path(folder).glob("*.deb")
         unpacked = Path(folder) / "unpacked"
         _run("dpkg-deb", "-x", str(package), str(unpacked))
-        shutil.rmtree(CACHE, ignore_errors=True)
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(unpacked, CACHE)
-    found = find()
-    if found is None:
-        raise CannotStart(f"{names[0]} holds no kernel")
-    return found
+        shutil.rmtree(CACHE / flavor, ignore_errors=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        shutil.move(unpacked, CACHE / flavor)
+    return required(flavor)
+
+
+def _lists_of_i386(folder: Path) -> list[str]:
+    """Options by which apt knows the packages of 32-bit x86, in a folder of its own."""
+    for name in ("state/lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True)
+    options = [
+        *("-o", f"Dir::State={folder}/state", "-o", f"Dir::Cache={folder}/cache"),
+        *("-o", "Dir::State::status=/dev/null"),
+        *("-o", "APT::Architecture=i386", "-o", "APT::Architectures=i386"),
+    ]
+    with contextlib.suppress(CannotStart):  # some list or other may be missing
+        _run("apt-get", *options, "update", "-qq")
+    return options
 
 
 def _run(*command: str, where: str = ".") -> str:

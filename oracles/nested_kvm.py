@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from vapama.oracles import linux
 from vapama.oracles.emulator import (
-    CannotStart,
     Emulator,
     MachineDied,
     assembled,
@@ -164,9 +163,7 @@ class NestedKvm(Emulator):
         self.ram = ram
         self.image = b""
         self.npt, self.name = npt, "kvm-tdp" if npt else "kvm-shadow"
-        found = linux.find()
-        if found is None:
-            raise CannotStart("no kernel of Debian's is here: vapama oracles linux downloads one")
+        found = linux.required()
         self.kernel = found.kernel
         agent = assembled(SOURCES / "agent.asm", {})
         self.agent = agent_pages(agent)

@@ -23,7 +23,7 @@ from vapama.spec.steps import Load, Step, Store
 from vapama.spec.words import Word
 
 NESTED = "nested"
-KINDS = (*capture.MODELS, NESTED)
+KINDS = (*capture.KINDS, NESTED)
 PAGE = 4096
 MARK_AT = 0x900
 """Where in each page the guest stores a word of its own."""
@@ -93,9 +93,8 @@ def _read(words: Any, marks: list[Word], ran: list[tuple[Step, Result]]) -> dict
     # THE STATE OF BOTH STAGES
     vmcb = _vmcb(words)
     ncr3 = int(vmcb[NCR3]) & FRAME
-    frames = np.union1d(
-        capture.frames_of_tables(words, ncr3, 4), np.array(_mapped(words, ncr3), dtype=np.int64)
-    )
+    own = capture.frames_of_tables(words, {"cr3": ncr3, "cr4": 0, "efer": 0, "ncr3": ncr3})
+    frames = np.union1d(own, np.array(_mapped(words, ncr3), dtype=np.int64))
     registers = {
         "cr0": int(vmcb[VMCB_CR0]),
         "cr3": int(vmcb[VMCB_CR3]),

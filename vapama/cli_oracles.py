@@ -152,13 +152,20 @@ def _print_programs(oracle: str, tally: Any) -> None:
 
 
 @app.command()
-def linux(json: Json = False) -> None:
+def linux(
+    flavor: Annotated[
+        str, typer.Option(help="cloud-amd64; or 686-pae or 686, which `snapshot capture` boots.")
+    ] = "cloud-amd64",
+    json: Json = False,
+) -> None:
     """Download Debian's kernel, which kvm-shadow, kvm-tdp and `snapshot capture` boot."""
     from vapama.oracles import linux as kernels
     from vapama.oracles.emulator import CannotStart
 
+    if flavor not in (kernels.CLOUD, kernels.PAE, kernels.LEGACY):
+        raise BadInput(f"--flavor {flavor}: give cloud-amd64, 686-pae or 686")
     try:
-        found = kernels.download()
+        found = kernels.download(flavor)
     except CannotStart as error:
         raise BadInput(f"vapama oracles linux: {error}") from None
     if json:

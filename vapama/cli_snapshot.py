@@ -285,7 +285,7 @@ def capture(
     file: Annotated[Path, typer.Argument(help="The .npz file to write.")],
     kind: Annotated[
         str,
-        typer.Option(help="What is captured: 4-level, 5-level, or nested, a guest of KVM's."),
+        typer.Option(help="4-level, 5-level, pae or 32-bit; or nested, a guest of KVM's."),
     ] = "4-level",
     json: Json = False,
 ) -> None:
