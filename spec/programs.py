@@ -99,7 +99,7 @@ PDPT = SPARE << 12 | 0xFE0
 """Where the four PDPTEs of PAE paging are, in the last words of a page."""
 ROOTS: dict[int, tuple[int, ...]] = {
     FOUR: (ROOT << 12, OTHER_ROOT << 12, ROOT << 12, OTHER_ROOT << 12, POINTERS << 12, 40 << 12),
-    FIVE: (SPARE << 12, SPARE << 12, ROOT << 12, SPARE << 12, OTHER_ROOT << 12, 40 << 12),
+    FIVE: (SPARE << 12, SPARE << 12, ROOT << 12, SPARE << 12, OTHER_ROOT << 12, 24 << 12),
     PAE_PAGING: (PDPT, PDPT, PDPT, POINTERS << 12, PDPT, 40 << 12),
     LEGACY: (DIRECTORY_32 << 12, DIRECTORY_32 << 12, LOW << 12, TABLE_32 << 12) * 2,
     OFF: (PDPT, DIRECTORY_32 << 12, ROOT << 12, SPARE << 12),
@@ -222,7 +222,7 @@ def plan(style: Word = 0, design: str = SHADOW, guests: int = 2, vcpus: int = 2)
     return Plan(
         (guest,) * guests,
         design,
-        generations=4,
+        generations=3,
         stage_levels=levels,
         swapped=bool(style >> 40 & 1),
     )
@@ -240,13 +240,16 @@ def paging(now: Cpu) -> int:
 def decode(raw: Word, machine: Machine, style: Word = 0) -> Step:
     """The step that a word stands for. What it says may depend on the machine's state.
 
-    Bits 7:0 what kind, 9:8 the guest (mostly 0), 11:10 the processor; the rest depends on the kind.
+    Bits 7:0 what kind, 9:8 the guest (mostly 0), 11:10 the processor (mostly 0, unless the style is
+    narrow); the rest depends on the kind.
     """
-    how, guest, vcpu = raw & 0xFF, raw >> 9 & raw >> 8 & 1, raw >> 10 & raw >> 11 & 1
+    aims = style >> 37 & 1 and raw >> 58 & 3
+    how, guest, vcpu = raw & 0xFF, raw >> 9 & raw >> 8 & 1, raw >> 10 & 1
+    if not aims:
+        vcpu &= raw >> 11
     guest %= len(machine.guests)
     its = machine.guests[guest]
     vcpu %= len(its.processors)
-    aims = style >> 37 & 1 and raw >> 58 & 3
     rest = _focused(raw >> 12, style & ~(1 << 36) if aims else style)
     if aims:
         rest = rest & ~3 | style >> 38 & 3
@@ -407,7 +410,10 @@ def _move(guest: int, vcpu: int, rest: int, now: Cpu, style: Word) -> Step:
         return Move(guest, vcpu, "rflags", now.rflags ^ AC)
     if how >= 12:
         return _elsewhere(guest, vcpu, rest, now, style)
-    bit: Word = (SMEP, SMAP, PGE, PCIDE, PSE, SMAP, PGE, PCIDE)[rest >> 4 & 7]
+    bits = (SMEP, SMAP, PGE, PCIDE, PSE, SMAP, PGE, PCIDE)
+    if paging(now) == LEGACY:
+        bits = (SMEP, SMAP, PGE, PSE, PSE, PSE, PSE, PSE)
+    bit: Word = bits[rest >> 4 & 7]
     if bit == PCIDE and not now.cr4 & PCIDE and (now.cr3 & 0xFFF or not now.efer & LMA):
         return Rest()
     return Move(guest, vcpu, "cr4", now.cr4 ^ bit)

@@ -48,7 +48,7 @@ def test_a_program_is_told_step_by_step_to_where_it_leaves_what_is_allowed(tmp_p
     lines = explained(tmp_path, case)
     assert in_order(
         lines, "machine  shadow", "step 1   guest", "  fresh  outcome", "  seen   ", "  now    ",
-        "  now    + table in frame", "  now    entry", "step 2   guest", "  fresh  PML4E",
+        "  now    + table in frame", "  now    entry", "step 2   guest", "  fresh  P",
         "  seen   stored", "the claim fails: Departure: a store",
     )  # fmt: skip
     assert "; allowed: " in lines[-1]

@@ -12,6 +12,7 @@ from vapama.spec import programs, shadow
 from vapama.spec.access import Access
 from vapama.spec.machine import Departure, Machine
 from vapama.spec.nondet import load_invariants
+from vapama.spec.outcomes import OutsideMemory
 from vapama.spec.steps import (
     EPT,
     NPT,
@@ -24,9 +25,11 @@ from vapama.spec.steps import (
     Load,
     Loaded,
     Log,
+    Move,
     Plan,
     Rest,
     Seen,
+    SetSlot,
     Step,
     Store,
     Stored,
@@ -209,6 +212,21 @@ def test_a_fault_drops_what_was_remembered_of_a_device() -> None:
         read,
     )
     assert seen[-2:] == [Faulted(5, at), Loaded(0x2222)]
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_root_without_memory_is_used_once_there_is_some(design: str) -> None:
+    read = Load(0, 0, Access(0x8000))
+    seen = run(
+        programs.plan(design=design),
+        SetSlot(0, 1, None),
+        Move(0, 0, "cr3", 24 << 12),
+        read,
+        SetSlot(0, 1, programs.ALIAS),
+        store(0x8000, 1),
+    )
+    assert seen[2] == OutsideMemory(24 << 12)
+    assert isinstance(seen[-1], Faulted)
 
 
 def test_a_table_in_read_only_memory_needs_no_dirty_flags() -> None:
