@@ -53,15 +53,22 @@ TABLES = {4: (ROOT, POINTERS), 3: (POINTERS, DIRECTORY), 2: (DIRECTORY, LOW), 1:
 RIGHTS = WRITABLE | USER | EXECUTE_DISABLE
 LEAVES = (8, LOW, programs.ROM.gfn)
 """What a leaf names: a page, a table that is then shadowed, a page that is only read."""
+
+
+def _mostly(raw: int) -> Word:
+    """Rights and flags, most of them set."""
+    return (raw >> 8 | raw >> 18 | raw >> 28) & USED
+
+
 LEAF = Domain(
     free=WORD & ~FRAME,
-    bias=lambda raw: raw >> 8 & 0x67 | (raw >> 7 & raw >> 16 & 1) * EXECUTE_DISABLE,
+    bias=lambda raw: _mostly(raw) | (raw >> 40 & raw >> 41 & 1) * EXECUTE_DISABLE,
     scope=(USED, 0, USED & ~DIRTY, USED & ~WRITABLE),
 )
 TABLE = Domain(
-    free=WORD & ~(FRAME | RIGHTS | PAGE_SIZE), bias=lambda raw: raw >> 8 & 0x61, scope=(1, 0)
+    free=WORD & ~(FRAME | RIGHTS | PAGE_SIZE), bias=lambda raw: _mostly(raw) & ~RIGHTS, scope=(1, 0)
 )
-ABOVE = Domain(free=WORD & ~(FRAME | PAGE_SIZE), bias=lambda raw: raw >> 8 & 0x67, scope=(USED, 0))
+ABOVE = Domain(free=WORD & ~(FRAME | PAGE_SIZE), bias=_mostly, scope=(USED, 0))
 LARGE = 0
 """In place of a level: an entry of level 2 that maps a page of 2 MBytes."""
 ACCESSES = (
