@@ -320,6 +320,8 @@ _OF_BOTH = {
 }
 DEPARTURES = {
     **_OF_BOTH,
+    "page-fault-leaves-what-is-stale": "SDM Vol. 3A, 4.10.4.1; Linux 6.1, arch/x86/kvm/x86.c, "
+    "kvm_inject_emulated_page_fault",
     "store-to-a-device-is-not-walked-for": "SDM Vol. 3A, 4.8; Linux 6.1, arch/x86/kvm/x86.c, "
     "vcpu_mmio_gva_to_gpa",
     "load-from-a-device-in-page-0-sets-dirty": "SDM Vol. 3A, 4.8; Linux 6.1, arch/x86/kvm/x86.c, "

@@ -51,7 +51,7 @@ from vapama.spec.steps import (
     Store,
     Stored,
 )
-from vapama.spec.tlb import Processor
+from vapama.spec.tlb import PATH, Processor
 from vapama.spec.words import Word
 
 BATCH = 100
@@ -394,6 +394,20 @@ def _marks_page_0_dirty(shown: _Shown) -> bool:
     return True
 
 
+def _keeps_past_fault(shown: _Shown) -> bool:
+    """It is right for a processor whose page faults drop nothing of what is cached."""
+    seen, processor = shown.seen(), shown.processor
+    invalidations = processor.invalidations
+    processor.invalidations = [
+        (time, i)
+        for time, i in invalidations
+        if not (i.structures == PATH and i.address is not None and i.global_too)
+    ]
+    allowed = seen is not None and shown.allows(seen)
+    processor.invalidations = invalidations
+    return allowed
+
+
 def _shares_execute_disable(shown: _Shown) -> bool:
     """It is right for EFER.NXE=1, with which another processor of the guest has run."""
     seen, guest = shown.seen(), shown.guest
@@ -494,6 +508,7 @@ BOTH: dict[str, Callable[[_Shown], bool]] = {
 DEPARTURES: dict[bool, dict[str, Callable[[_Shown], bool]]] = {
     False: {
         **BOTH,
+        "page-fault-leaves-what-is-stale": _keeps_past_fault,
         "store-to-a-device-is-not-walked-for": _remembers_device,
         "load-from-a-device-in-page-0-sets-dirty": _marks_page_0_dirty,
         "execute-disable-is-not-reserved-once-shared": _shares_execute_disable,

@@ -191,6 +191,12 @@ SHOWN: dict[str, tuple[Step, ...]] = {
         load(0x1E000, user=0),
         store(0x1E000, user=0),
     ),
+    "page-fault-leaves-what-is-stale": (
+        load(0x9000),
+        Store(0, 1, Access(LOW | 9 << 3, 1), 9 << 12 | USED & ~1),
+        store(0x9008),
+        load(0x9010),
+    ),
     "load-from-a-device-in-page-0-sets-dirty": (
         store(LOW, programs.DEVICE << 12 | programs.OPEN),
         load(0x38),
