@@ -23,7 +23,8 @@ from vapama.spec.nondet import Reject, load_invariants
 from vapama.subjects import load_subject
 
 FAILED = 77
-REPORT_EVERY = 2048
+REPORT_EVERY, REPORT_SECONDS = 8, 0.5
+"""After so many runs it is looked whether a report is due: programs are slow, walks are not."""
 
 
 class Target:
@@ -47,7 +48,7 @@ class Target:
         self.runs = [0] * len(self.invariants)
         self.rejected = [0] * len(self.invariants)
         self.total = 0
-        self.start = time.monotonic()
+        self.start = self.due = time.monotonic()
 
     def __call__(self, data: bytes) -> None:
         """Run the invariant that the input picks on what it decodes to."""
@@ -76,11 +77,12 @@ class Target:
             self.report()
             self.tell({"failed": invariant.name, "why": failure.message, "draws": nondet.draws()})
             os._exit(FAILED)
-        if self.total % REPORT_EVERY == 0:
+        if self.total % REPORT_EVERY == 0 and time.monotonic() >= self.due:
             self.report()
 
     def report(self) -> None:
         """Tell the parent how far this is."""
+        self.due = time.monotonic() + REPORT_SECONDS
         names = [i.name for i in self.invariants]
         met = [runs - rejected for runs, rejected in zip(self.runs, self.rejected, strict=True)]
         self.tell(
