@@ -307,12 +307,12 @@ class _Shown:
         slot = self.guest.map.slot_of(address >> 12)
         return slot is not None and not slot.readonly
 
-    def adopt(self) -> None:
-        """Take over the accessed flags that were found to be set on the way."""
+    def adopt(self, flags: Word = ACCESSED) -> None:
+        """Take over the flags of these that were found to be set on the way."""
         for address in self.entries():
             if self.is_writable(address):
                 before, now = self.guest.load(address), self.look(self.step.guest, address)
-                if before ^ now == ACCESSED & ~before:
+                if before ^ now and now & ~flags == before & ~flags and now & before == before:
                     self.guest.write(address, now)
 
 
@@ -360,7 +360,7 @@ def _remembers_device(shown: _Shown) -> bool:
     if not isinstance(seen, Stored) or not isinstance(step, Store) or cpu.wp or step.access.user:
         return False
     parts = pieces(step.access.address)
-    return len(seen.devices) == len(parts) and all(
+    remembered = len(seen.devices) == len(parts) and all(
         any(
             isinstance(outcome, Translated)
             and not shown.is_writable(outcome.pa)
@@ -370,6 +370,9 @@ def _remembers_device(shown: _Shown) -> bool:
         for device, part in zip(seen.devices, parts, strict=True)
         for bits in [(1 << 8 * part.size) - 1]
     )
+    if remembered:
+        shown.adopt(ACCESSED | DIRTY)  # of the other of two pages, which was walked for
+    return remembered
 
 
 def _marks_page_0_dirty(shown: _Shown) -> bool:
