@@ -180,7 +180,13 @@ class GuestMachine:
             self.history.write(alias, word)
 
     def wrote(self, address: Word) -> None:
-        """Note that the guest frame at an address was written."""
+        """Note that the guest frame at an address was written.
+
+        Which of its names a page was written by does not show, once tables that were used have been
+        edited: a stale translation may lead to another one, and its log.
+        """
+        if self.edited and len(list(self.map.addresses(self.map.word_of(address)))) > 1:
+            return
         for number, slot in self.map.slots.items():
             if slot.gfn <= address >> 12 < slot.gfn + slot.pages:
                 self.dirty.get(number, set()).add(address >> 12)
