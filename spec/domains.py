@@ -379,11 +379,6 @@ MASKING_CR4 = Domain(
     fixed=PAE,
     scope=(PAE | SMAP | CET | LAM_SUP, PAE | LA57 | PKE | PKS | CET, PAE),
 )
-CET_CR4 = Domain(
-    free=CR4.free | CET,
-    fixed=PAE,
-    scope=(PAE | SMAP | CET, PAE | LA57 | PKE | PKS | CET, PAE),
-)
 LEGACY_CR3 = Domain(free=MASKED_CR3.free, bias=_masked_cr3, scope=(0x1000,))
 LEGACY_CR4 = CR4_DEFINED & ~CR4_UNSPECIFIED & ~(PAE | PCIDE)
 CR4_32 = Domain(free=LEGACY_CR4, scope=(PSE | SMEP | SMAP | CET, PSE, 0))

@@ -221,11 +221,6 @@ LONG_MODE = ControlStates(
     domains.SHADOW_ENTRY,
 )
 """With masked addresses and shadow stacks, other than what `Nondet.cpu` draws of itself."""
-NOT_MASKED = ControlStates(
-    "4-level and 5-level paging, no masked addresses",
-    {"cr4": domains.CET_CR4},
-    domains.SHADOW_ENTRY,
-)
 _LEGACY = {"cr3": domains.LEGACY_CR3, "efer": domains.LEGACY_EFER, "rflags": domains.LEGACY_RFLAGS}
 _PAE = {**_LEGACY, "cr4": domains.PAE_CR4}
 PAE_PAGING = ControlStates("PAE paging", _PAE, domains.PAE_ENTRY, pdptes=True)
