@@ -146,7 +146,7 @@ def prove(
     invariants: Names = None,
     subject: Subject = None,
     mistakes: Annotated[
-        bool, typer.Option(help="Refute every seeded mistake of the kernels instead.")
+        bool, typer.Option(help="Refute the seeded mistakes of these claims, or all, instead.")
     ] = False,
     export: Annotated[
         Path | None, typer.Option(help="Write each proof's SMT-LIB into this folder.")
@@ -164,7 +164,7 @@ def prove(
     if mistakes:
         from vapama.proofs.prover import refute
 
-        hunt_mistakes(lambda i, name: refute(i, name, budget.rlimit), json, proving=True)
+        hunt_mistakes(lambda i, name: refute(i, name, budget.rlimit), "z3", invariants, json)
     jobs, skipped = checking.plan(chosen, ("z3",), budget, subject or "optimized")
     if skipped:
         raise BadInput(f"--subject {subject}: {skipped['z3']}")
@@ -198,7 +198,10 @@ def fuzz(
         int | None, typer.Option(help="The random seed; a fresh one each time.")
     ] = None,
     mistakes: Annotated[
-        bool, typer.Option(help="Hunt every seeded mistake, for `--seconds` each, instead.")
+        bool,
+        typer.Option(
+            help="Hunt the seeded mistakes of these claims, or all, for `--seconds` each, instead."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -213,7 +216,12 @@ def fuzz(
     if engine not in fuzzing.ENGINES:
         raise BadInput(f"--engine {engine}: give one of {', '.join(fuzzing.ENGINES)}")
     if mistakes:
-        hunt_mistakes(lambda i, name: fuzzing.hunt(i, f"mistake:{name}", engine, seconds), json)
+        hunt_mistakes(
+            lambda i, name: fuzzing.hunt(i, f"mistake:{name}", engine, seconds),
+            engine,
+            [invariant.name for invariant in chosen] if invariants else None,
+            json,
+        )
     jobs, folder = fuzzing.plan(chosen, subject or "optimized", engine, seconds, seed, corpus)
     with progress(len(jobs)) as listener:
         result = checking.check(jobs, jobs[0].budget, {}, listener)
@@ -390,10 +398,12 @@ def _print_as_json(result: object) -> None:
     sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
 
 
-def hunt_mistakes(hunt: Callable[..., Verdict], json: bool, proving: bool = False) -> None:
-    """Hunt every seeded mistake, say how each fared, and exit: 0 if all were refuted.
+def hunt_mistakes(
+    hunt: Callable[..., Verdict], engine: str, names: list[str] | None, json: bool
+) -> None:
+    """Hunt the seeded mistakes, say how each fared, and exit: 0 if all were refuted.
 
-    With `proving`, of those that break a claim which can be proved.
+    Those that break one of these claims, or any; but none that the engine does not run.
     """
     from vapama.bugs.mistakes import MISTAKES
     from vapama.spec.nondet import load_invariants
@@ -401,9 +411,12 @@ def hunt_mistakes(hunt: Callable[..., Verdict], json: bool, proving: bool = Fals
     registry = load_invariants()
     verdicts = []
     for mistake in MISTAKES.values():
-        if proving and registry[mistake.breaks].searched:
+        broken = registry[mistake.breaks]
+        if names is not None and broken.name not in names:
             continue
-        verdict = hunt(registry[mistake.breaks], mistake.name)
+        if engine in broken.unsuited or (engine == "z3" and broken.searched):
+            continue
+        verdict = hunt(broken, mistake.name)
         verdicts.append(verdict)
         refuted = verdict.status == "counterexample"
         style, text = (
@@ -411,6 +424,8 @@ def hunt_mistakes(hunt: Callable[..., Verdict], json: bool, proving: bool = Fals
         )
         if not json:
             console.print(f"[{style}]{text:<9}[/] {verdict.seconds:6.2f} s  {mistake.name}")
+    if not verdicts:
+        raise BadInput(f"--mistakes: none breaks {', '.join(names or ())} that {engine} runs")
     survived = [v for v in verdicts if v.status != "counterexample"]
     if json:
         print_json(verdicts)
