@@ -93,7 +93,7 @@ BUDGETS = {
         random_seconds=2,
         atheris_seconds=60,
         exhaustive_width=7,
-        enough_for=60,
+        enough_for=30,
     ),
     "nightly": Budget(
         name="nightly",
