@@ -137,6 +137,7 @@ def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> Non
     needs=(NESTED_MANY, NESTED, PA, ERROR_CODE),
     twin="nested-batch-shares-its-first-result",
     searched="the walk is proved, and one stage's batches: of both stages there are too many paths",
+    unsuited=("exhaustive",),
 )
 def translate_nested_many_equals_the_walk_elementwise(nondet: Nondet, subject: Any) -> None:
     """Each outcome of a batch is that of the same address alone."""
