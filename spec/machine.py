@@ -57,6 +57,9 @@ from vapama.spec.words import WORD, Word, low_bits
 Look: TypeAlias = Callable[[int, Word], Word]
 """The word that the subject has for a guest at a guest-physical address, after the step."""
 
+EITHER_ACCESSED = modes.ACCESSED | modes.ACCESSED << 32
+"""The accessed flag of an entry; of either, where a word holds two of 32-bit paging."""
+
 
 class Departure(AssertionError):
     """What was seen is not what the architecture allows."""
@@ -312,20 +315,32 @@ class _Judged:
         """Find a way that the access may go and that explains what was seen, and go it."""
         machine = self.machine
         ways = list(self._ways()) if machine.edited else self._ways()
-        elsewhere = self._flagged_elsewhere(ways) if isinstance(ways, list) else set()
-        for way in ways:
-            entries = self._explains(way)
-            if entries is not None and not elsewhere - entries.keys():
-                machine.entries.update(
-                    address for outcome in way.outcomes for address, _ in _sets(outcome)
-                )
-                machine.edited |= not machine.entries.isdisjoint(self.stored)
-                self._go(entries)
-                if isinstance(self.seen, Faulted):
-                    # A page fault drops what is cached of its address.
-                    self.processor.page_fault(self.seen.cr2)
-                return
+        elsewhere = self._flagged_elsewhere(ways) if isinstance(ways, list) else {}
+        for given_up in ({}, self._accessed(elsewhere)) if elsewhere else ({},):
+            for way in ways:
+                entries = self._explains(way)
+                if entries is not None and not elsewhere.keys() - entries.keys() - given_up.keys():
+                    machine.entries.update(
+                        address for outcome in way.outcomes for address, _ in _sets(outcome)
+                    )
+                    machine.edited |= not machine.entries.isdisjoint(self.stored)
+                    self._go(given_up | entries)
+                    if isinstance(self.seen, Faulted):
+                        # A page fault drops what is cached of its address.
+                        self.processor.page_fault(self.seen.cr2)
+                    return
         raise Departure(self._told())
+
+    def _accessed(self, elsewhere: dict[Word, Word]) -> dict[Word, Word]:
+        """Of entries that flags were set in, those with no more than accessed flags: they may be of
+        a walk that led to no access (SDM Vol. 3A, 4.8 and 4.10.2.3), as one that was begun by what
+        is cached, and again by memory after a VM exit that the guest knows nothing of.
+        """
+        return {
+            address: word
+            for address, word in elsewhere.items()
+            if (word ^ self.machine.load(address)) & ~EITHER_ACCESSED == 0
+        }
 
     def _go(self, entries: dict[Word, Word]) -> None:
         """Set the flags that were set on the way, and then make the store."""
@@ -336,15 +351,13 @@ class _Judged:
                 self.machine.write(address, entries[address])
                 self.machine.wrote(address)
 
-    def _flagged_elsewhere(self, ways: Iterable[Way]) -> set[Word]:
-        """Entries on any of the ways that the subject has set flags in: they tell which it went."""
+    def _flagged_elsewhere(self, ways: Iterable[Way]) -> dict[Word, Word]:
+        """Entries on any of the ways that the subject has set flags in, with these: they tell which
+        way it went.
+        """
         addresses = {a for way in ways for outcome in way.outcomes for a, _ in _sets(outcome)}
-        return {
-            address
-            for address in addresses
-            if self._is_writable(address)
-            and self.look(self.guest, address) != self.machine.load(address)
-        }
+        now = {a: self.look(self.guest, a) for a in addresses if self._is_writable(a)}
+        return {a: word for a, word in now.items() if word != self.machine.load(a)}
 
     def _ways(self) -> Iterator[Way]:
         """Every way that the access may go, that with nothing cached first."""
