@@ -10,10 +10,19 @@ from typing import Any
 from vapama.spec import overcommit, shadow
 from vapama.spec.anatomy import MachineView
 from vapama.spec.domains import Domain
-from vapama.spec.invariants.vmm import DESIGNS, LENGTH, NAMES, SEARCHED, SOURCE
+from vapama.spec.invariants.vmm import (
+    DESIGNS,
+    LENGTH,
+    NAMES,
+    SEARCHED,
+    SOURCE,
+    compare_memory,
+    harvest_logs,
+    watch_frees_and_syncs,
+)
 from vapama.spec.machine import Machine
 from vapama.spec.nondet import Nondet, invariant
-from vapama.spec.steps import Harvest, Harvested, Log, Plan, Scan, Seen, Step, Store, Stored
+from vapama.spec.steps import Log, Plan, Scan, Seen, Step, Store, Stored
 from vapama.spec.words import Word
 
 STYLE = Domain(free=(1 << 41) - 1, scope=(0x8864,))
@@ -98,12 +107,7 @@ def guests_whose_memory_is_shared_do_not_notice(nondet: Nondet, subject: Any) ->
         machine = ran
         if isinstance(step, Scan):
             note(nondet, hypervisor.view())
-    for number, guest in enumerate(machine.guests):
-        for word, value in guest.map.backing.items():
-            for address in guest.map.addresses(word):
-                nondet.reach("compared")
-                there = hypervisor.word(number, address)
-                assert there == value, f"guest {number} has {there:#x} at {address:#x}"
+    compare_memory(nondet, machine, hypervisor)
 
 
 @invariant(
@@ -121,11 +125,7 @@ def a_shared_frame_is_writable_nowhere_and_a_large_leaf_fits(nondet: Nondet, sub
     """
     style, plan = drawn_plan(nondet)
     hypervisor = subject.vmm(plan)
-
-    def when_synced(number: int, root: int) -> None:
-        shadow.synced(hypervisor.view(), number, root)
-
-    hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), when_synced)
+    watch_frees_and_syncs(hypervisor)
     for _ in program(nondet, style, plan, hypervisor):
         view = hypervisor.view()
         note(nondet, view)
@@ -155,12 +155,7 @@ def a_dirty_log_names_the_pages_of_a_huge_one(nondet: Nondet, subject: Any) -> N
                 log = Log(guest, slot, bool(logged))
                 machine.check(log, hypervisor.do(log), hypervisor.word)
         if isinstance(step, Store) and isinstance(seen, Stored):
-            for slot in (3, 4):
-                harvest = Harvest(step.guest, slot)
-                gathered = hypervisor.do(harvest)
-                if isinstance(gathered, Harvested) and gathered.gfns:
-                    nondet.reach("a frame was written")
-                machine.check(harvest, gathered, hypervisor.word)
+            harvest_logs(nondet, machine, hypervisor, step.guest, (3, 4))
 
 
 CHOICE = Domain(among=tuple(range(8)))

@@ -4,7 +4,7 @@ Each runs a program of guest and host steps, a word a step (`spec.programs`), on
 the machine that a guest believes in. The rules of the tables are those of `spec.shadow`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,39 @@ def program(
         yield machine, step, seen
 
 
+def compare_memory(nondet: Nondet, machine: Machine, hypervisor: Any) -> None:
+    """Every word of every guest is what the guest's own machine has, at each of its addresses."""
+    for number, guest in enumerate(machine.guests):
+        for word, value in guest.map.backing.items():
+            for address in guest.map.addresses(word):
+                nondet.reach("compared")
+                there = hypervisor.word(number, address)
+                assert there == value, f"guest {number} has {there:#x} at {address:#x}"
+
+
+def watch_frees_and_syncs(hypervisor: Any) -> None:
+    """See to it that frames are freed when no core can use them, and that a sync leaves nothing
+    unsync: each as it happens, in the middle of a step.
+    """
+
+    def when_synced(number: int, root: int) -> None:
+        shadow.synced(hypervisor.view(), number, root)
+
+    hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), when_synced)
+
+
+def harvest_logs(
+    nondet: Nondet, machine: Machine, hypervisor: Any, guest: int, slots: Sequence[int]
+) -> None:
+    """Harvest the dirty logs of these slots: each names what was written since the last time."""
+    for slot in slots:
+        harvest = Harvest(guest, slot)
+        gathered = hypervisor.do(harvest)
+        if isinstance(gathered, Harvested) and gathered.gfns:
+            nondet.reach("a frame was written")
+        machine.check(harvest, gathered, hypervisor.word)
+
+
 @invariant(
     source=SOURCE,
     reaches=(
@@ -122,12 +155,7 @@ def no_guest_reaches_what_is_not_its_own(nondet: Nondet, subject: Any) -> None:
     machine = Machine(plan)
     for ran, _, _ in program(nondet, style, plan, hypervisor):
         machine = ran
-    for number, guest in enumerate(machine.guests):
-        for word, value in guest.map.backing.items():
-            for address in guest.map.addresses(word):
-                nondet.reach("compared")
-                there = hypervisor.word(number, address)
-                assert there == value, f"guest {number} has {there:#x} at {address:#x}"
+    compare_memory(nondet, machine, hypervisor)
 
 
 @invariant(
@@ -144,11 +172,7 @@ def the_tables_satisfy_every_rule_after_every_step(nondet: Nondet, subject: Any)
     """
     style, plan = drawn_plan(nondet)
     hypervisor = subject.vmm(plan)
-
-    def when_synced(number: int, root: int) -> None:
-        shadow.synced(hypervisor.view(), number, root)
-
-    hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), when_synced)
+    watch_frees_and_syncs(hypervisor)
     for _ in program(nondet, style, plan, hypervisor):
         nondet.reach("audited")
         for violation in shadow.audit(hypervisor.view()):
@@ -172,12 +196,7 @@ def a_dirty_log_names_every_page_written(nondet: Nondet, subject: Any) -> None:
     logs = [Log(guest, slot, True) for guest in (0, 1) for slot in (0, 1)]
     for machine, step, seen in program(nondet, style, plan, hypervisor, *logs):
         if isinstance(step, Store) and isinstance(seen, Stored):
-            for slot in (0, 1):
-                harvest = Harvest(step.guest, slot)
-                gathered = hypervisor.do(harvest)
-                if isinstance(gathered, Harvested) and gathered.gfns:
-                    nondet.reach("a frame was written")
-                machine.check(harvest, gathered, hypervisor.word)
+            harvest_logs(nondet, machine, hypervisor, step.guest, (0, 1))
 
 
 CHOICE = Domain(among=tuple(range(len(programs.SMALL))))
