@@ -4,7 +4,7 @@ import errno
 import os
 from pathlib import Path
 
-from vapama.oracles.linux_mm.knobs import Knobs, Unavailable
+from vapama.oracles.linux_mm.knobs import Unavailable
 from vapama.oracles.linux_mm.processes import (
     DONTNEED,
     MAP_ANONYMOUS,
@@ -15,7 +15,7 @@ from vapama.oracles.linux_mm.processes import (
     POPULATE_WRITE,
     REFUSALS,
     Child,
-    template,
+    Kernel,
 )
 from vapama.spec.subject import HUGETLB, Capabilities
 
@@ -31,7 +31,7 @@ def read(name: str) -> int:
     return int(Path(FOLDER + name + "_hugepages").read_text())
 
 
-class LinuxHugetlb:
+class LinuxHugetlb(Kernel):
     """The running kernel. Raises `Unavailable` where it cannot be driven."""
 
     capabilities = Capabilities(observes=frozenset({HUGETLB}), confirmations=3)
@@ -41,34 +41,15 @@ class LinuxHugetlb:
             raise Unavailable("the pool of 2-MByte pages cannot be written here")
         if read("nr") != read("free"):
             raise Unavailable("2-MByte pages of this host are in use")
-        if os.geteuid() != 0:
-            raise Unavailable("it takes root: page frame numbers and the knobs are root's")
-        self.running: LinuxPool | None = None
-        self.started = False
+        super().__init__()
 
     def hugetlb(self) -> "LinuxPool":
         """An empty pool; whatever ran before is ended."""
-        if not self.started:
-            self.knobs = Knobs()
-            self.process, self.parent = template()
-            self.started = True
-        if self.running is not None:
-            self.running.end()
+        self.begin()
         self.knobs.set(FOLDER + "nr_hugepages", 0)
         self.knobs.set(FOLDER + "nr_overcommit_hugepages", 0)
-        self.running = LinuxPool(self)
-        return self.running
-
-    def close(self) -> None:
-        """End all processes and restore the knobs."""
-        if not self.started:
-            return
-        self.started = False
-        if self.running is not None:
-            self.running.end()
-        self.parent.end()
-        self.process.wait()
-        self.knobs.close()
+        self.running = running = LinuxPool(self)
+        return running
 
 
 class LinuxPool:

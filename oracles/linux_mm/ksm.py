@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from vapama.oracles.linux_mm.child import PAGE
-from vapama.oracles.linux_mm.knobs import Knobs, Unavailable, written
+from vapama.oracles.linux_mm.knobs import Unavailable, written
 from vapama.oracles.linux_mm.processes import (
     DONTNEED,
     MAP_ANONYMOUS,
@@ -19,8 +19,8 @@ from vapama.oracles.linux_mm.processes import (
     NOHUGEPAGE,
     UNMERGEABLE,
     Child,
+    Kernel,
     content_of,
-    template,
 )
 from vapama.spec.subject import KSM, Capabilities
 
@@ -43,29 +43,21 @@ def read(name: str) -> int:
     return int(Path(FOLDER + name).read_text())
 
 
-class LinuxKsm:
+class LinuxKsm(Kernel):
     """The running kernel. Raises `Unavailable` where it cannot be driven."""
 
     capabilities = Capabilities(observes=frozenset({KSM}), confirmations=3)
+    first = ((FOLDER + "run", "2"),)
 
     def __init__(self) -> None:
         if not os.path.isdir(FOLDER):
             raise Unavailable("this kernel has no KSM (CONFIG_KSM)")
         if not os.access(FOLDER + "run", os.W_OK):
             raise Unavailable("KSM's knobs cannot be written here")
-        if os.geteuid() != 0:
-            raise Unavailable("it takes root: page frame numbers and the knobs are root's")
-        self.running: LinuxMerging | None = None
-        self.started = False
+        super().__init__()
 
-    def start(self) -> None:
-        """Take the knobs, and make ksmd park. Raises `Unavailable`.
-
-        Not before the first program: who only asks what the subject can do leaves the kernel alone.
-        """
-        self.knobs = Knobs(first=((FOLDER + "run", "2"),))
-        self.process, self.parent = template()
-        self.started = True
+    def set_up(self) -> None:
+        """Make ksmd park."""
         self.base = self.parent.ask(b"m", (MOST_PAGES + 2) * PAGE, MAP_PRIVATE | MAP_ANONYMOUS)
         self.base += PAGE
         self.parent.ask(b"a", self.base, MOST_PAGES * PAGE, NOHUGEPAGE)
@@ -118,10 +110,7 @@ class LinuxKsm:
         self, pages: int, max_page_sharing: int, use_zero_pages: int, smart_scan: int
     ) -> "LinuxMerging":
         """A process of so many pages; whatever ran before is ended."""
-        if not self.started:
-            self.start()
-        if self.running is not None:
-            self.running.end()
+        self.begin()
         self.unmerge()
         for name, value in (
             ("max_page_sharing", max_page_sharing),
@@ -129,19 +118,8 @@ class LinuxKsm:
             ("smart_scan", smart_scan),
         ):
             self.knobs.set(FOLDER + name, value)
-        self.running = LinuxMerging(self, pages)
-        return self.running
-
-    def close(self) -> None:
-        """End all processes and restore the knobs."""
-        if not self.started:
-            return
-        self.started = False
-        if self.running is not None:
-            self.running.end()
-        self.parent.end()
-        self.process.wait()
-        self.knobs.close()
+        self.running = running = LinuxMerging(self, pages)
+        return running
 
 
 def others(ours: set[int]) -> list[int]:

@@ -9,9 +9,10 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Protocol
 
 from vapama.oracles.linux_mm.child import ANSWER, PAGE, REQUEST, page_of
-from vapama.oracles.linux_mm.knobs import Unavailable
+from vapama.oracles.linux_mm.knobs import Knobs, Unavailable
 
 MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 1, 2, 0x20
 MAP_NORESERVE, MAP_HUGETLB = 0x4000, 0x40000
@@ -104,3 +105,54 @@ def content_of(page: bytes, salt: int) -> int:
 
 
 REFUSALS = (errno.ENOMEM, errno.EFAULT)
+
+
+class Program(Protocol):
+    """What runs on the kernel."""
+
+    def end(self) -> None:
+        """End its processes."""
+
+
+class Kernel:
+    """The running kernel, which runs one program at a time in processes under test.
+
+    Nothing of it is touched before the first program: who only asks what the subject can do leaves
+    the kernel alone.
+    """
+
+    first: tuple[tuple[str, str], ...] = ()
+    """What is written before any knob is restored."""
+    knobs: Knobs
+    process: "subprocess.Popen[bytes]"
+    parent: Child
+
+    def __init__(self) -> None:
+        if os.geteuid() != 0:
+            raise Unavailable("it takes root: page frame numbers and the knobs are root's")
+        self.running: Program | None = None
+        self.started = False
+
+    def begin(self) -> None:
+        """Take the knobs, the first time; end what ran before. Raises `Unavailable`."""
+        if not self.started:
+            self.knobs = Knobs(first=self.first)
+            self.process, self.parent = template()
+            self.started = True
+            self.set_up()
+        if self.running is not None:
+            self.running.end()
+
+    def set_up(self) -> None:
+        """What the subject needs before its first program."""
+
+    def close(self) -> None:
+        """End all processes and restore the knobs."""
+        if not self.started:
+            return
+        self.started = False
+        if self.running is not None:
+            self.running.end()
+        self.parent.end()
+        self.process.wait()
+        self.knobs.close()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vapama.oracles.linux_mm.child import PAGE
-from vapama.oracles.linux_mm.knobs import Knobs, Unavailable
+from vapama.oracles.linux_mm.knobs import Unavailable
 from vapama.oracles.linux_mm.processes import (
     COLLAPSE,
     DONTNEED,
@@ -21,8 +21,8 @@ from vapama.oracles.linux_mm.processes import (
     MAP_PRIVATE,
     NOHUGEPAGE,
     Child,
+    Kernel,
     content_of,
-    template,
 )
 from vapama.spec.subject import THP, Capabilities
 
@@ -33,7 +33,7 @@ READ, READ_AND_WRITE = 1, 3
 HUGE = re.compile(rb"AnonHugePages: +([0-9]+) kB")
 
 
-class LinuxThp:
+class LinuxThp(Kernel):
     """The running kernel. Raises `Unavailable` where it cannot be driven."""
 
     capabilities = Capabilities(observes=frozenset({THP}), confirmations=3)
@@ -43,20 +43,11 @@ class LinuxThp:
             raise Unavailable("this kernel has no transparent huge pages")
         if not os.access(FOLDER + "enabled", os.W_OK):
             raise Unavailable("the knobs of transparent huge pages cannot be written here")
-        if os.geteuid() != 0:
-            raise Unavailable("it takes root: page frame numbers and the knobs are root's")
-        self.running: LinuxBlock | None = None
-        self.started = False
+        super().__init__()
 
-    def start(self) -> None:
-        """Take the knobs. Raises `Unavailable`.
-
-        Not before the first program: who only asks what the subject can do leaves the kernel alone.
-        """
-        self.knobs = Knobs()
+    def set_up(self) -> None:
+        """Huge pages for whoever asks, and khugepaged asleep."""
         self.salt = secrets.randbits(63) | 1
-        self.process, self.parent = template()
-        self.started = True
         for name, value in (
             ("enabled", "madvise"),
             ("defrag", "madvise"),
@@ -72,23 +63,9 @@ class LinuxThp:
 
     def thp(self) -> "LinuxBlock":
         """A block in which nothing is mapped; whatever ran before is ended."""
-        if not self.started:
-            self.start()
-        if self.running is not None:
-            self.running.end()
-        self.running = LinuxBlock(self)
-        return self.running
-
-    def close(self) -> None:
-        """End all processes and restore the knobs."""
-        if not self.started:
-            return
-        self.started = False
-        if self.running is not None:
-            self.running.end()
-        self.parent.end()
-        self.process.wait()
-        self.knobs.close()
+        self.begin()
+        self.running = running = LinuxBlock(self)
+        return running
 
 
 class LinuxBlock:
