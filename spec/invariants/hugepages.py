@@ -571,10 +571,10 @@ TOUCH = Domain(
 def a_block_is_huge_or_small_as_the_model_says(nondet: Nondet, subject: Any) -> None:
     """After every step what a block holds, whether it is one huge page, how many pages have frames
     and what is refused are the model's; a page keeps its frame as long as it does in the model, and
-    the frames of a huge page follow each other from an aligned one.
+    no longer, and the frames of a huge page follow each other from an aligned one.
     """
     model, block = Block(), subject.thp()
-    known: dict[int, int] = {}
+    before: dict[int, tuple[int, int]] = {}
     for number in range(nondet.word("length", LENGTH)):
         raw = nondet.word(f"step {number}", TOUCH)
         was_huge = model.huge
@@ -583,11 +583,14 @@ def a_block_is_huge_or_small_as_the_model_says(nondet: Nondet, subject: Any) -> 
         assert block.huge() == model.huge, "whether it is huge"
         assert block.present() == len(model.frames), "how many pages have frames"
         seen = block.frames(SEEN_PAGES)
-        for page, frame in zip(SEEN_PAGES, seen, strict=True):
-            assert (frame is not None) == (page in model.frames), "which pages have frames"
-            if frame is not None:
-                same = known.setdefault(model.frames[page], frame)
-                assert same == frame, "a page has another frame"
+        there = {page: frame for page, frame in zip(SEEN_PAGES, seen, strict=True) if frame}
+        assert there.keys() == model.frames.keys() & set(SEEN_PAGES), "which pages have frames"
+        now = {page: (model.frames[page], frame) for page, frame in there.items()}
+        for page in now.keys() & before.keys():
+            (modelled, frame), (modelled_before, frame_before) = now[page], before[page]
+            kept = modelled == modelled_before
+            assert kept == (frame == frame_before), "a page has another frame, or should"
+        before = now
         expected = [model.contents.get(page, 0) for page in SEEN_PAGES]
         assert block.contents(SEEN_PAGES) == expected, "contents"
         if model.huge:
