@@ -334,8 +334,24 @@ class Optimized(HostMemory):
         return SoftwareGuestTlb(cpu, stage, memory, vpid, sets, ways)
 
 
-class SoftwareTlb(Operations):
-    """The kernels of the TLB as they are written, on a memory that can be written to."""
+class Source(Operations):
+    """A TLB whose kernels run as they are written, on a memory that can be written to."""
+
+    memory: Overlay
+
+    def _set(self, marks: Marks) -> tuple[Update, ...]:
+        """Set in memory the flags that a kernel has set; all of them."""
+        for address, bits in marks.updates:
+            self.memory.write(address, self.memory.load(address) | bits)
+        return marks.updates
+
+    def write(self, address: Word, value: Word) -> None:
+        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
+        self.memory.write(address, value)
+
+
+class SoftwareTlb(Source):
+    """The kernels of the TLB."""
 
     def __init__(self, cpu: Cpu, memory: Memory, vpid: Word, sets: int, ways: int) -> None:
         super().__init__(cpu, vpid, sets, ways)
@@ -357,22 +373,16 @@ class SoftwareTlb(Operations):
             access_word(access),
             self.path,
         )
-        for address, bits in marks.updates:
-            self.memory.write(address, self.memory.load(address) | bits)
-        return outcome(status, value, marks.updates)
-
-    def write(self, address: Word, value: Word) -> None:
-        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
-        self.memory.write(address, value)
+        return outcome(status, value, self._set(marks))
 
 
-class SoftwareGuestTlb(GuestOperations):
-    """The kernels of a guest's TLB as they are written, on a memory that can be written to."""
+class SoftwareGuestTlb(Source, GuestOperations):
+    """The kernels of a guest's TLB."""
 
     def __init__(
         self, cpu: Cpu, stage: Stage, memory: Memory, vpid: Word, sets: int, ways: int
     ) -> None:
-        super().__init__(cpu, stage, vpid, sets, ways)
+        GuestOperations.__init__(self, cpu, stage, vpid, sets, ways)
         self.memory = Overlay(memory)
 
     def translate(self, access: Access) -> Outcome:
@@ -393,13 +403,7 @@ class SoftwareGuestTlb(GuestOperations):
             self.paths,
             self.trace,
         )
-        for address, bits in marks.updates:
-            self.memory.write(address, self.memory.load(address) | bits)
-        return nested_outcome(self.stage, gpa, status, value, marks.updates)
-
-    def write(self, address: Word, value: Word) -> None:
-        """Put `value` into the entry at `address` in memory, which invalidates nothing."""
-        self.memory.write(address, value)
+        return nested_outcome(self.stage, gpa, status, value, self._set(marks))
 
 
 def _kernels(cpu: Cpu) -> tuple[Any, tuple[Any, ...]]:
