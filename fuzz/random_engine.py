@@ -15,7 +15,8 @@ from vapama.spec.nondet import Invariant, Reject
 from vapama.verdict import COUNTEREXAMPLE, HELD, UNDECIDED, Verdict
 
 ENGINE = "random"
-BATCH = 256
+BATCH = 32
+"""Runs between two looks at the clock: of the slowest programs these take a second."""
 PATIENCE = 20
 Progress = Callable[[int], None]
 Failed = tuple[Failure, list[tuple[str, int]]]

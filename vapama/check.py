@@ -27,7 +27,7 @@ ENGINES = ("z3", "exhaustive", "random", "hypothesis", "atheris")
 WALK = "the_walk_equals_the_reference"
 NARROWER = 2
 """How much narrower the exhaustive scope of a composed claim is than that of others."""
-THRIFT = "proves the lemmas alone, and runs no program or two-dimensional walk exhaustively"
+THRIFT = "proves the lemmas alone, and runs no program, batch or walk of two stages exhaustively"
 UNICORN_SHARE = 20
 """How many times an invariant's random time the second opinion gets for its one invariant."""
 

@@ -84,7 +84,7 @@ BUDGETS = {
         random_seconds=0.25,
         atheris_seconds=6,
         exhaustive_width=5,
-        enough_for=14,
+        enough_for=10,
         thrifty=True,
     ),
     "standard": Budget(
