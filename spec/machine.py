@@ -59,6 +59,8 @@ Look: TypeAlias = Callable[[int, Word], Word]
 
 EITHER_ACCESSED = modes.ACCESSED | modes.ACCESSED << 32
 """The accessed flag of an entry; of either, where a word holds two of 32-bit paging."""
+EITHER_FLAGGED = EITHER_ACCESSED | modes.DIRTY | modes.DIRTY << 32
+"""The same of the accessed and the dirty flag."""
 
 
 class Departure(AssertionError):
@@ -335,11 +337,18 @@ class _Judged:
         """Of entries that flags were set in, those with no more than accessed flags: they may be of
         a walk that led to no access (SDM Vol. 3A, 4.8 and 4.10.2.3), as one that was begun by what
         is cached, and again by memory after a VM exit that the guest knows nothing of.
+
+        Such a walk read the entry as memory has it. That is certain where it never had another
+        value, but for its flags; of no other entry it is allowed.
         """
         return {
             address: word
             for address, word in elsewhere.items()
             if (word ^ self.machine.load(address)) & ~EITHER_ACCESSED == 0
+            and all(
+                (word ^ value) & ~EITHER_FLAGGED == 0
+                for value, _ in self.processor.history.values(address)
+            )
         }
 
     def _go(self, entries: dict[Word, Word]) -> None:
