@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vapama.impl.hardware import Frames, Ram
-from vapama.impl.host import BLOCK_SHIFT, Backing
+from vapama.impl.host import Backing, Pool
 from vapama.impl.kernels import large_pages
 from vapama.spec.cpu import Cpu
 from vapama.spec.outcomes import NonCanonical, OutsideMemory
@@ -45,6 +45,28 @@ class SlotState:
         self.dirty: set[int] = set()
 
 
+class SlotsByFrame(dict[int, SlotState | None]):
+    """The slot of each guest frame that was asked for; those of others are looked for in `slots`.
+
+    A slot may have more frames than are ever asked for.
+    """
+
+    __slots__ = ("slots",)
+
+    def __init__(self, slots: Mapping[int, SlotState]) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def __missing__(self, gfn: int) -> SlotState | None:
+        """Look for the slot, and keep what was found until the slots change."""
+        for slot in self.slots.values():
+            if slot.gfn <= gfn < slot.end:
+                self[gfn] = slot
+                return slot
+        self[gfn] = None
+        return None
+
+
 class Vcpu:
     """A virtual processor: the guest's control state, the core it runs on, what it must yet do."""
 
@@ -70,14 +92,16 @@ class Guest:
         own: GuestPlan,
         ram: Ram,
         frames: Frames,
+        pool: Pool,
         mmu: Callable[["Guest"], Any],
     ) -> None:
         self.number, self.ram, self.plan = number, ram, plan
         self.frames = frames
-        self.backing = Backing(frames, own.mergeable)
+        giants = pool.backing(own.giants) if own.giants else None
+        self.backing = Backing(frames, own.mergeable, giants)
         self.backing.notify.append(self.revoked)
         self.slots: dict[int, SlotState] = {}
-        self.slot_by_gfn: dict[int, SlotState] = {}
+        self.slot_by_gfn = SlotsByFrame(self.slots)
         self.generation = 0
         self.known: dict[int, int] = {}
         """Frames by gfn, as they were found last, to read; dropped when they are revoked."""
@@ -85,7 +109,7 @@ class Guest:
         self.synced: Callable[[int], None] | None = None
         """Told the frame of each root below which all was synchronized."""
         for slot_number, slot in own.slots.items():
-            self._put_slot(slot_number, slot)
+            self.slots[slot_number] = SlotState(slot_number, slot)
         self.vcpus: list[Vcpu] = []
         self.mmu = mmu(self)
         for i, cpu in enumerate(own.vcpus):
@@ -104,7 +128,7 @@ class Guest:
             if slot is None:
                 raise NotRam(gfn << 12)
             page = slot.page + gfn - slot.gfn
-            if self.plan.swapped:
+            if self.plan.swapped and self.backing.is_small(page):
                 self.backing.copies[page] = words
             else:
                 base = self.backing.fault(page, True)[0] << 9
@@ -115,11 +139,7 @@ class Guest:
 
     def slot_of(self, gfn: int) -> SlotState | None:
         """The slot that holds a guest frame."""
-        return self.slot_by_gfn.get(gfn)
-
-    def _put_slot(self, number: int, new: Slot) -> None:
-        slot = self.slots[number] = SlotState(number, new)
-        self.slot_by_gfn.update(dict.fromkeys(range(slot.gfn, slot.end), slot))
+        return self.slot_by_gfn[gfn]
 
     def frame_of(self, slot: SlotState, gfn: int, write: bool) -> tuple[int, bool]:
         """The frame of a slot's guest frame, made present, and whether it may be written."""
@@ -131,16 +151,18 @@ class Guest:
     ) -> int:
         """Up to which level, `most` at most, one entry may map a guest frame and those around it.
 
-        It may be 2 if they are in one huge page that the slot maps whole and aligned, no guest
+        It may be 2 or 3 if they are in one huge page that the slot maps whole and aligned, no guest
         frame of `tables`, which must not be written, is among them, and writes are not logged.
         """
-        page = slot.page + gfn - slot.gfn
-        if page >> BLOCK_SHIFT not in self.backing.huge or slot.log:
+        host = self.backing.level_of(slot.page + gfn - slot.gfn)
+        if host == 1 or slot.log:
             return 1
-        size = slot.end - slot.gfn << 12
-        level = large_pages.largest_level(slot.gfn << 12, size, slot.page << 12, gfn << 12, 2, most)
-        tracked = flag(any((table ^ gfn) >> BLOCK_SHIFT == 0 for table in tables))
-        return int(large_pages.restricted(level, tracked, 1, fetch, flag(self.plan.multihit)))
+        if not self.plan.gbyte_pages:
+            host = 2
+        start, size = slot.gfn << 12, slot.end - slot.gfn << 12
+        level = large_pages.largest_level(start, size, slot.page << 12, gfn << 12, host, most)
+        untracked = min((large_pages.untracked_level(gfn, table) for table in tables), default=3)
+        return int(large_pages.restricted(level, untracked, 1, fetch, flag(self.plan.multihit)))
 
     def __getitem__(self, index: int) -> int:
         """The guest's word with this index, as a walk of its tables reads it. Raises `NotRam`."""
@@ -170,7 +192,7 @@ class Guest:
         slot = self.slot_of(address >> 12)
         assert slot is not None
         page, place = slot.page + (address >> 12) - slot.gfn, address >> 3 & 511
-        frame = self.backing.frame.get(page)
+        frame = self.backing.frame_of(page)
         if frame is None:
             return self.backing.copies.get(page, {}).get(place, 0)
         return self.ram[frame << 9 | place]
@@ -212,10 +234,9 @@ class Guest:
         if old is not None:
             self.mmu.slot_gone(old)
             del self.slots[number]
-            for gfn in range(old.gfn, old.end):
-                del self.slot_by_gfn[gfn]
         if slot is not None:
-            self._put_slot(number, slot)
+            self.slots[number] = SlotState(number, slot)
+        self.slot_by_gfn.clear()
         self.generation = (self.generation + 1) % self.plan.generations
         self.mmu.slots_changed(wrapped=self.generation == 0)
 

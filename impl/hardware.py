@@ -119,6 +119,15 @@ class Frames:
             self.ram.clear(frame)
         self.free_list.append(frame)
 
+    def move(self, first: int, to: int, count: int) -> None:
+        """Move the words of a run of frames, beside those that are taken and given one by one."""
+        if self.on_free is not None:
+            self.on_free(first)
+        ram, run = self.ram, range(first << 9, first + count << 9)
+        shift = to - first << 9
+        for index in [index for index in ram if index in run]:
+            ram[index + shift] = ram.pop(index)
+
 
 Upper = dict[tuple[int, int], tuple[int, int]]
 """Cached entries that lead to tables: by PCID and level together and the address's bits above, the

@@ -9,6 +9,10 @@ mapping when the notifier returns. Source: Linux, Documentation/mm/mmu_notifier.
 512 pages in as many frames in a row, aligned, may be one huge page, which others then may map by
 one large entry. It is split before anything is done to a page of it. `Merger` lets pages of equal
 words, of one guest or several, share a frame.
+
+A part of a backing may be of hugetlbfs, in pages of 1 GByte out of a pool. Such a page is in frames
+from when it is first touched; it may be moved to another of the pool, and nothing else is done to
+it: it is not swapped, merged or split. Source: Linux, admin-guide/mm/hugetlbpage.rst.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vapama.impl import hugepages
 from vapama.impl.hardware import Frames
 from vapama.impl.ksm import Frames as Contents
 from vapama.impl.ksm import Ksm, Numbers
@@ -24,6 +29,22 @@ from vapama.spec.words import Flag
 BLOCK_SHIFT = 9
 BLOCK = 1 << BLOCK_SHIFT
 """The pages of a huge page: it takes 2 MBytes."""
+GBYTE_SHIFT = 18
+GBYTE = 1 << GBYTE_SHIFT
+"""The pages of a huge page of 1 GByte."""
+
+
+class Pool:
+    """The machine's huge pages of 1 GByte: hugetlb's books, and the first frames of those free."""
+
+    def __init__(self, count: int) -> None:
+        self.books = hugepages.Hugetlb()
+        self.books.resize(count)
+        self.free = [GBYTE * (1 + number) for number in range(count)]
+
+    def backing(self, gbytes: int) -> hugepages.Backing:
+        """So many GBytes of hugetlbfs. Raises `MemoryError` if the pool is too small."""
+        return hugepages.Backing(self.books, self.free, gbytes << 30, 3)
 
 
 class Backing:
@@ -33,6 +54,7 @@ class Backing:
         "copies",
         "frame",
         "frames",
+        "giants",
         "huge",
         "mergeable",
         "merger",
@@ -40,8 +62,15 @@ class Backing:
         "readonly",
     )
 
-    def __init__(self, frames: Frames, mergeable: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        frames: Frames,
+        mergeable: Sequence[int] = (),
+        giants: hugepages.Backing | None = None,
+    ) -> None:
         self.frames = frames
+        self.giants = giants
+        """What backs the GBytes from the second on, if they are of hugetlbfs."""
         self.mergeable = mergeable
         """The pages that same-page merging may look at."""
         self.merger: Merger | None = None
@@ -60,6 +89,8 @@ class Backing:
         """The frame of a page, which is made present, and whether it may be written."""
         frame = self.frame.get(page)
         if frame is None:
+            if not self.is_small(page):
+                return self._giant_frame(page), True
             frame = self.frames.take()
             self.frame[page] = frame
             ram, base = self.frames.ram, frame << 9
@@ -69,6 +100,36 @@ class Backing:
             self.unshare(page)
             frame = self.frame[page]
         return frame, page not in self.readonly
+
+    def _giant_frame(self, page: int) -> int:
+        """The frame of a page of hugetlbfs, which was reserved when it was mapped."""
+        assert self.giants is not None
+        frame = self.giants.frame_of(page - GBYTE << 12)
+        assert frame is not None, "the pool did not keep its promise"
+        return frame
+
+    def frame_of(self, page: int) -> int | None:
+        """The frame that a page is in; None if it is in none."""
+        frame = self.frame.get(page)
+        if frame is None and self.level_of(page) == 3:
+            return self._giant_frame(page)
+        return frame
+
+    def is_small(self, page: int) -> bool:
+        """Whether a page is none of hugetlbfs, so that it may be swapped out, merged and so on."""
+        return self.giants is None or page - GBYTE not in self.giants.pages
+
+    def level_of(self, page: int) -> int:
+        """The level of the page of the host's that a page is in: 3 for one of 1 GByte."""
+        if page >> BLOCK_SHIFT in self.huge:
+            return 2
+        giants = self.giants
+        return 3 if giants and (page >> GBYTE_SHIFT) - 1 in giants.mapped else 1
+
+    def giant_frames(self) -> dict[int, int]:
+        """The first frame of each page of 1 GByte, by its GByte of the backing."""
+        mapped = {} if self.giants is None else self.giants.mapped
+        return {1 + number: first for number, first in mapped.items()}
 
     def unshare(self, page: int) -> None:
         """Give a shared page a frame of its own, with the same words (copy on write).
@@ -120,7 +181,7 @@ class Backing:
         """Put the page, and all that share its frame, into another; False if it has no frame."""
         frame = self.frame.get(page)
         if frame is None:
-            return False
+            return not self.is_small(page) and self._move_giant(page)
         self.split(page)
         target = self.frames.take()
         users = [(self, page)]
@@ -132,6 +193,19 @@ class Backing:
             backing.frame[at] = target
         self.frames.ram.copy_page(frame, target)
         self.frames.give(frame)
+        return True
+
+    def _move_giant(self, page: int) -> bool:
+        """Put a page of 1 GByte into another of the pool, with all that maps it dropped."""
+        assert self.giants is not None
+        number = (page >> GBYTE_SHIFT) - 1
+        if number not in self.giants.mapped:
+            return False
+        self.revoke(1 + number << GBYTE_SHIFT, GBYTE)
+        moved = self.giants.move(number)
+        if moved is None:
+            return False
+        self.frames.move(*moved, GBYTE)
         return True
 
     def collapse(self, page: int) -> bool:
@@ -199,6 +273,7 @@ class Merger:
         wanted[self.ksm.node_at >= 0] = False
         self.contents[wanted] = 0
         places = np.fromiter(ram, dtype=np.int64, count=len(ram))
+        places = places[places >> 9 < self.frames.total]
         places = places[wanted[places >> 9]]
         words = map(ram.__getitem__, places.tolist())
         self.contents.reshape(-1)[places] = np.fromiter(words, np.uint64, len(places))

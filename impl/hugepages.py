@@ -175,6 +175,8 @@ class Backing:
         if not books.map(SHARED, size // self.page_bytes):
             raise MemoryError("the pool has too few huge pages for the slot: raise nr_hugepages")
         self.number = books.made - 1
+        self.pages = range(size >> 12)
+        """Its pages of 4 KBytes."""
         self.mapped: dict[int, int] = {}
 
     def frame_of(self, offset: int) -> int | None:
@@ -185,6 +187,18 @@ class Backing:
                 return None
             self.mapped[page] = self.frames.pop(0)
         return self.mapped[page] + (offset % self.page_bytes >> 12)
+
+    def move(self, page: int) -> tuple[int, int] | None:
+        """Put a huge page elsewhere: the first frames of before and of now. None if it has no
+        frames, or if there is no free page that nobody was promised.
+        """
+        _, free, reserved, _, _ = self.books.pool
+        if page not in self.mapped or free <= reserved:
+            return None
+        old, new = self.mapped[page], self.frames.pop(0)
+        self.mapped[page] = new
+        self.frames.append(old)
+        return old, new
 
     def release(self) -> None:
         """Give all frames back."""

@@ -872,7 +872,7 @@ class ShadowMmu(Mmu):
             if slot is None or (slot.log and access & W):
                 continue
             backed = slot.page + gfn - slot.gfn
-            frame = self.guest.backing.frame.get(backed)
+            frame = self.guest.backing.frame_of(backed)
             if frame is None:
                 continue
             writable = not slot.readonly and backed not in self.guest.backing.readonly
@@ -932,7 +932,7 @@ class ShadowMmu(Mmu):
     def protect_slot(self, slot: SlotState) -> None:
         """Start to watch a slot for writes."""
         flush = False
-        for gfn in range(slot.gfn, slot.end):
+        for gfn in self.mapped_in(range(slot.gfn, slot.end)):
             flush |= self._write_protect(gfn)
         if flush:
             self.guest.flush()
@@ -950,7 +950,7 @@ class ShadowMmu(Mmu):
 
     def slot_gone(self, slot: SlotState) -> None:
         """A slot is going: no SPTE may map its frames, and no page shadow a table in it."""
-        for gfn in range(slot.gfn, slot.end):
+        for gfn in self.mapped_in(range(slot.gfn, slot.end)):
             self.revoke(gfn)
         for page in list(self.pages.values()):
             if slot.gfn <= page.gfn < slot.end and not page.direct:
@@ -984,6 +984,8 @@ class ShadowMmu(Mmu):
             role_view,
             guest.backing.huge,
             guest.plan.multihit,
+            guest.backing.giant_frames(),
+            guest.plan.gbyte_pages,
         )
 
     def _processor_view(self, vcpu: Vcpu) -> ProcessorView:

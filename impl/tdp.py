@@ -10,12 +10,11 @@ is zapped lazily: processors go to a new root as they next enter the guest, and 
 left the old tables they are freed. A slot that goes is zapped eagerly, entry by entry.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vapama.impl.guest import EMULATE, FLUSH, RELOAD, Guest, NotRam, SlotState, Vcpu, reflected
 from vapama.impl.hardware import TABLE, TwoStageCore
-from vapama.impl.host import BLOCK
 from vapama.impl.hugepages import split
 from vapama.impl.kernels import ept, npt
 from vapama.impl.mmu import (
@@ -191,7 +190,7 @@ class TwoDimensional(Mmu):
         if slot.readonly and write:
             return EMULATE
         frame, writable = guest.frame_of(slot, gfn, write)
-        level = guest.level_of(slot, gfn, 2, access >> 4 & 1)
+        level = guest.level_of(slot, gfn, 3, access >> 4 & 1)
         writable = writable and (write or self.logs_by_flags or not slot.log)
         self._map(gfn, level, frame, writable)
         if write and not self.logs_by_flags:
@@ -199,16 +198,19 @@ class TwoDimensional(Mmu):
         return None
 
     def _map(self, gfn: int, level: int, frame: int, writable: bool) -> None:
-        """Make the leaf of a guest frame, or with level 2 of the 2 MBytes around it."""
+        """Make the leaf of a guest frame, or with level 2 or 3 of the 2 MBytes or the GByte around
+        it.
+        """
         index = self._entry(gfn, level)
         entry = self.format.leaf | frame << 12
         if level > 1:
             if self.ram[index] and not self.ram[index] & LARGE:
                 if self.guest.plan.multihit:
-                    self._map(gfn, 1, frame, writable)  # code was fetched from here
+                    self._map(gfn, level - 1, frame, writable)  # code was fetched from here
                     return
                 self._drop_table(index)
-            entry = self.format.leaf | LARGE | frame // BLOCK * BLOCK << 12
+            first = frame & -(1 << 9 * (level - 1))
+            entry = self.format.leaf | LARGE | first << 12
             if self.guest.plan.multihit:
                 entry = self.format.no_code(entry)
         old = self.ram[index]
@@ -270,10 +272,15 @@ class TwoDimensional(Mmu):
             page = self.pages[self.ram[index] >> 12 & FRAME >> 12]
 
     def _drop_table(self, index: int) -> None:
-        """Free the table of small pages that an entry leads to, in whose place a large one goes."""
+        """Free the table of smaller pages that an entry leads to, in whose place a large one goes,
+        and those below it.
+        """
         page = self.pages.pop(self.ram.pop(index) >> 12 & FRAME >> 12)
-        for at in self._used(page):
-            self._account(page.gfn + (at & 511), self.ram[at])
+        for at in list(self._used(page)):
+            if page.level > 1 and not self.ram[at] & LARGE:
+                self._drop_table(at)
+            elif page.level == 1:
+                self._account(page.gfn + (at & 511), self.ram[at])
         self.guest.flush()
         self.frames.give(page.frame)
 
@@ -305,14 +312,20 @@ class TwoDimensional(Mmu):
 
     def mapped_in(self, gfns: range) -> set[int]:
         """Guest frames, of these, whose entries together map all of these that are mapped."""
-        found = set()
-        for first in range(gfns.start // BLOCK * BLOCK, gfns.stop, BLOCK):
-            index = self._leaf(first)
-            if index is not None and self.ram[index] & LARGE:
-                found.add(max(first, gfns.start))
-            elif index is not None:
-                found |= {first + at - index for at in self.ram.within(index >> 9)}
-        return found.intersection(gfns)
+        return {max(gfn, gfns.start) for _, gfn, _ in self._leaves(gfns)}
+
+    def _leaves(self, gfns: range) -> list[tuple[int, int, int]]:
+        """The entries that map any of these guest frames: index, first guest frame, level."""
+        found = []
+        for page in self.pages.values():
+            shift = 9 * (page.level - 1)
+            first = max(gfns.start - page.gfn >> shift, 0)
+            last = min(gfns.stop - 1 - page.gfn >> shift, 511)
+            for place in range(first, last + 1):
+                entry = self.ram.get(page.base | place, 0)
+                if entry and (page.level == 1 or entry & LARGE):
+                    found.append((page.base | place, page.gfn + (place << shift), page.level))
+        return found
 
     def revoke(self, gfn: int) -> None:
         """The host takes a guest frame's page away: no entry may map it any more."""
@@ -322,25 +335,24 @@ class TwoDimensional(Mmu):
             self.guest.flush()
 
     def protect_slot(self, slot: SlotState) -> None:
-        """Start to watch a slot for writes, page by page."""
-        for gfn in range(slot.gfn, slot.end):
-            index = self._leaf(gfn)
-            if index is not None and self.ram[index] & LARGE:
-                self._entry(gfn)
-        self._watch(range(slot.gfn, slot.end))
+        """Start to watch a slot for writes. A large leaf takes none from now on: the first write to
+        a page of it splits it.
+        """
+        self._watch((index, gfn) for index, gfn, _ in self._leaves(range(slot.gfn, slot.end)))
 
     def watch_again(self, slot: SlotState, gfns: frozenset[int]) -> None:
         """Watch guest frames for writes that were found written."""
-        self._watch(gfns)
+        self._watch((index, gfn) for gfn in gfns if (index := self._leaf(gfn)) is not None)
 
-    def _watch(self, gfns: Any) -> None:
-        bit = self.format.dirty if self.logs_by_flags else self.format.write
+    def _watch(self, leaves: Iterable[tuple[int, int]]) -> None:
+        """Have writes through these entries, for these guest frames, show."""
         flush = False
-        for gfn in gfns:
-            index = self._leaf(gfn)
-            if index is None or self._is_device(self.ram[index]) or not self.ram[index] & bit:
-                continue
+        for index, gfn in leaves:
             entry = self.ram[index]
+            by_flag = self.logs_by_flags and not entry & LARGE
+            bit = self.format.dirty if by_flag else self.format.write
+            if self._is_device(entry) or not entry & bit:
+                continue
             slot = self.guest.slot_of(gfn)
             if entry & self.format.dirty and slot is not None:
                 self.guest.backing.written(slot.page + gfn - slot.gfn)
@@ -353,15 +365,14 @@ class TwoDimensional(Mmu):
         """Put into a slot's log what dirty flags say of it."""
         if not self.logs_by_flags:
             return
-        for gfn in range(slot.gfn, slot.end):
-            index = self._leaf(gfn)
-            entry = 0 if index is None else self.ram[index]
-            if entry & self.format.dirty and not self._is_device(entry):
+        for index, gfn, level in self._leaves(range(slot.gfn, slot.end)):
+            entry = self.ram[index]
+            if level == 1 and entry & self.format.dirty and not self._is_device(entry):
                 slot.dirty.add(gfn)
 
     def slot_gone(self, slot: SlotState) -> None:
         """A slot is going: no entry may map its frames."""
-        for gfn in range(slot.gfn, slot.end):
+        for _, gfn, _ in self._leaves(range(slot.gfn, slot.end)):
             self.revoke(gfn)
 
     def slots_changed(self, wrapped: bool) -> None:
@@ -418,4 +429,6 @@ class TwoDimensional(Mmu):
             role_view,
             guest.backing.huge,
             guest.plan.multihit,
+            guest.backing.giant_frames(),
+            guest.plan.gbyte_pages,
         )

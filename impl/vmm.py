@@ -17,7 +17,7 @@ from typing import Any
 
 from vapama.impl.guest import EMULATE, WORD, Guest, NotRam, Vcpu, reflected
 from vapama.impl.hardware import LIMIT_WORDS, PAE_PAGING, Frames, Ram, paging_of
-from vapama.impl.host import Merger
+from vapama.impl.host import Merger, Pool
 from vapama.impl.kernels import legacy
 from vapama.impl.mmu import linear
 from vapama.impl.shadow import ShadowMmu
@@ -82,8 +82,9 @@ class Vmm:
         self.plan = plan
         self.ram = Ram()
         self.frames = Frames(self.ram, plan.frames)
+        self.pool = Pool(plan.pool)
         self.guests = [
-            Guest(i, plan, own, self.ram, self.frames, MMUS[plan.design])
+            Guest(i, plan, own, self.ram, self.frames, self.pool, MMUS[plan.design])
             for i, own in enumerate(plan.guests)
         ]
         self.merger: Merger | None = None
@@ -97,6 +98,8 @@ class Vmm:
             self.frames.total,
             [guest.mmu.anatomy() for guest in self.guests],
             None if self.merger is None else self.merger.ksm.remembered(),
+            self.pool.free,
+            self.plan.pool,
         )
 
     def watch(self, freed: Callable[[int], None], synced: Callable[[int, int], None]) -> None:

@@ -10,6 +10,9 @@ from typing import NamedTuple, Protocol
 from vapama.spec.cpu import Cpu
 from vapama.spec.words import Word
 
+GBYTE_SHIFT = 18
+"""A GByte has ``1 << GBYTE_SHIFT`` pages of 4 KBytes."""
+
 
 class Role(NamedTuple):
     """What the meaning of a shadow page's entries depends on besides the guest's table: EFER.NX,
@@ -128,7 +131,9 @@ class Anatomy(NamedTuple):
     `rmap` has, by ``gfn << 2 | level``, the indices of the entries that map a guest frame.
     `generation` is that of the memory slots, for devices' entries. `extra` are frames taken for
     another purpose. `role_of` explains the `role` of a table. `huge` are the blocks of 512 pages of
-    the backing, by number, that are a huge page; with `multihit` no large entry may give code.
+    the backing, by number, that are a huge page; `giants` are those of its GBytes, by number, that
+    are a page of 1 GByte, and the first frame of each. With `multihit` no large entry may give
+    code; without `gbyte_pages` none may map a GByte.
     """
 
     design: str
@@ -145,11 +150,19 @@ class Anatomy(NamedTuple):
     role_of: Callable[[int], Role]
     huge: Collection[int] = ()
     multihit: bool = False
+    giants: Mapping[int, int] = {}
+    gbyte_pages: bool = True
+
+    def frame_of(self, page: int) -> int | None:
+        """The frame of a page of the backing; None if it has none."""
+        giant = self.giants.get(page >> GBYTE_SHIFT)
+        return self.backed.get(page) if giant is None else giant + (page & (1 << GBYTE_SHIFT) - 1)
 
 
 class MachineView(NamedTuple):
     """All of a machine: its words by index, the frames that are free and how many there are, its
-    guests. `remembered` is what same-page merging knows of pages from scan to scan.
+    guests. `remembered` is what same-page merging knows of pages from scan to scan. There are
+    `giants` pages of 1 GByte besides, of which `free_giants` have no use, by their first frames.
     """
 
     memory: Mapping[int, Word]
@@ -157,3 +170,5 @@ class MachineView(NamedTuple):
     frames: int
     guests: Sequence[Anatomy]
     remembered: object = None
+    free_giants: Collection[int] = ()
+    giants: int = 0

@@ -74,13 +74,25 @@ def slot_may_map(slot: Slot, gpa: Word, level: int) -> Condition:
     return inside & congruent(size, gpa, slot.hva + (gpa - slot.gpa))
 
 
+def untracked_level(gpa: Word, tracked: Word) -> int:
+    """The level of the largest page around `gpa` that does not hold the byte at `tracked`; 1 if
+    that is in the same small page or in the same 2 MBytes.
+
+    Source: virt/kvm/x86/mmu.rst, "Large pages" (disallow_lpage, which is counted by level).
+    """
+    for level in (3, 2):
+        if (gpa ^ tracked) & ~(page_bytes(level) - 1) != 0:
+            return level
+    return 1
+
+
 def mapping_level(
     slot: Slot,
     gpa: Word,
     *,
     host: Word,
     guest: Word,
-    tracked: Flag,
+    untracked: Word,
     write: Flag,
     execute: Flag,
     multihit: Flag,
@@ -88,16 +100,16 @@ def mapping_level(
     """The level at which `gpa` is mapped: the largest that everybody concerned allows.
 
     `host` and `guest` are the levels of the page in the host's and in the guest's tables (3 if the
-    guest's do not count: second-stage paging). `tracked` is 1 if a page of the block must not be
+    guest's do not count: second-stage paging); `host` is 2 at most if the processor lacks 1-GByte
+    pages. `untracked` is the level of the largest page around `gpa` in which nothing must not be
     written unseen (a shadowed table, dirty logging). `multihit` is 1 with the iTLB-multihit
     mitigation. Source: virt/kvm/x86/mmu.rst, "Large pages"; admin-guide/hw-vuln/multihit.rst.
     """
-    if tracked & write:
-        return 1
     if execute & multihit:
         return 1
     for level in (3, 2):
-        if (level <= host) & (level <= guest) & slot_may_map(slot, gpa, level):
+        seen = (write == 0) | (level <= untracked)
+        if (level <= host) & (level <= guest) & seen & slot_may_map(slot, gpa, level):
             return level
     return 1
 

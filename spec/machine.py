@@ -89,10 +89,10 @@ class Edge:
         self.map = of
 
     def __le__(self, address: Word) -> bool:
-        return address >> 12 not in self.map.slot_by_gfn
+        return self.map.slot_of(address >> 12) is None
 
     def __gt__(self, address: Word) -> bool:
-        return address >> 12 in self.map.slot_by_gfn
+        return self.map.slot_of(address >> 12) is not None
 
 
 class Map:
@@ -100,34 +100,38 @@ class Map:
 
     def __init__(self, slots: dict[int, Slot], backing: dict[int, Word]) -> None:
         self.slots, self.backing = dict(slots), backing
-        self.slot_by_gfn: dict[int, Slot] = {}
-        for slot in slots.values():
-            self.slot_by_gfn.update(dict.fromkeys(range(slot.gfn, slot.gfn + slot.pages), slot))
+        self.found: dict[int, Slot | None] = {}
+        """The slots of guest frames that were asked for before."""
         self.limit: Any = Edge(self)
 
     def slot_of(self, gfn: int) -> Slot | None:
         """The memory slot that a guest frame is in."""
-        return self.slot_by_gfn.get(gfn)
+        if gfn not in self.found:
+            for slot in self.slots.values():
+                if slot.gfn <= gfn < slot.gfn + slot.pages:
+                    break
+            else:
+                slot = None
+            self.found[gfn] = slot
+        return self.found[gfn]
 
     def set_slot(self, number: int, slot: Slot | None) -> Slot | None:
         """Put a slot in the place of another, which is returned."""
         old = self.slots.pop(number, None)
-        if old is not None:
-            for gfn in range(old.gfn, old.gfn + old.pages):
-                del self.slot_by_gfn[gfn]
         if slot is not None:
             self.slots[number] = slot
-            self.slot_by_gfn.update(dict.fromkeys(range(slot.gfn, slot.gfn + slot.pages), slot))
+        self.found.clear()
         return old
 
     def word_of(self, address: Word) -> int:
         """Which word of the backing is at an address, which is in a slot."""
-        slot = self.slot_by_gfn[address >> 12]
+        slot = self.slot_of(address >> 12)
+        assert slot is not None
         return (slot.page - slot.gfn << 9) + (address >> 3)
 
     def load(self, address: Word) -> Word:
         """The word at an aligned address; 0 where there is no slot."""
-        slot = self.slot_by_gfn.get(address >> 12)
+        slot = self.slot_of(address >> 12)
         if slot is None:
             return 0
         return self.backing.get((slot.page - slot.gfn << 9) + (address >> 3), 0)

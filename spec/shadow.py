@@ -8,12 +8,20 @@ docs/explanation/hypervisor.md. Source: Linux, Documentation/virt/kvm/x86/mmu.rs
 audit code (arch/x86/kvm/mmu_audit.c).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
 from vapama.spec import modes
-from vapama.spec.anatomy import Anatomy, MachineView, ProcessorView, Role, SlotView, TablePage
+from vapama.spec.anatomy import (
+    GBYTE_SHIFT,
+    Anatomy,
+    MachineView,
+    ProcessorView,
+    Role,
+    SlotView,
+    TablePage,
+)
 from vapama.spec.modes import ACCESSED, DIRTY, FRAME, FRAME_32, PAGE_SIZE, PRESENT
 from vapama.spec.steps import EPT, SHADOW
 from vapama.spec.words import Word, low_bits
@@ -96,25 +104,33 @@ def frames_are_used_once(machine: MachineView) -> Iterator[Violation]:
             users[frame] = "shared" if page in guest.shared else f"page {page} of guest {number}"
     if len(users) != machine.frames - 1:
         yield Violation(6, f"{machine.frames - 1 - len(users)} frames are lost")
+    giants = [*machine.free_giants]
+    for guest in machine.guests:
+        giants += guest.giants.values()
+    expected = [number << GBYTE_SHIFT for number in range(1, machine.giants + 1)]
+    if sorted(giants) != expected:
+        yield Violation(6, "a page of 1 GByte has two uses, or none")
 
 
 def freed(machine: MachineView, frame: int) -> None:
     """A frame is about to be freed: no core may still use it, unless it flushes before it runs.
 
-    Rule 19, of tables and pages alike. Raises `Violation`.
+    Rule 19, of tables and pages alike. Beyond the small frames it is the first of a page of 1
+    GByte. Raises `Violation`.
     """
+    end = frame + (1 if frame < machine.frames else 1 << GBYTE_SHIFT)
     for guest in machine.guests:
         for processor in guest.processors:
             if processor.flush:
                 continue
             for cached in processor.cached():
-                if cached.frame <= frame < cached.frame + (1 << 9 * (cached.level - 1)):
+                if cached.frame < end and frame < cached.frame + (1 << 9 * (cached.level - 1)):
                     raise Violation(
                         19, f"frame {frame:#x} is freed, and a core has it for {cached.address:#x}"
                     )
             for index, word in processor.upper():
                 leads = word >> 12 & FRAME >> 12 if index >> 9 in guest.tables else index >> 9
-                if frame in (index >> 9, leads):
+                if frame <= index >> 9 < end or frame <= leads < end:
                     raise Violation(19, f"table {frame:#x} is freed, and a core has it", index)
 
 
@@ -145,6 +161,7 @@ def state(machine: MachineView) -> bytes:
         sorted(machine.memory.items()),
         list(machine.free),
         machine.remembered,
+        list(machine.free_giants),
     ]
     for guest in machine.guests:
         pages = [
@@ -158,6 +175,7 @@ def state(machine: MachineView) -> bytes:
             sorted(guest.backed.items()),
             sorted(guest.shared),
             sorted(guest.huge),
+            sorted(guest.giants.items()),
             sorted(guest.swapped),
             guest.generation,
         ]
@@ -232,7 +250,7 @@ class _Audit:
         if slot is None:
             return None
         page = slot.page + gfn - slot.gfn
-        frame = self.guest.backed.get(page)
+        frame = self.guest.frame_of(page)
         if frame is None:
             return self.guest.swapped.get(page, {}).get(place, 0)
         return self.memory[frame << 9 | place]
@@ -296,32 +314,51 @@ class _Audit:
             return
         if size > 1:
             yield from self._large_leaf(page, index, gfn, said, slot)
-        for i in range(size):
-            backed = slot.page + gfn + i - slot.gfn
-            if guest.backed.get(backed) != said.frame + i:
-                yield Violation(
-                    2,
-                    f"a leaf maps guest frame {gfn + i:#x} to frame "
-                    f"{said.frame + i:#x}, which the host has not there",
-                    index,
-                )
-                return
-            if said.rights & W:
-                if slot.readonly or backed in guest.shared:
-                    yield Violation(
-                        7,
-                        f"a page that must not be written is writable: guest frame {gfn + i:#x}",
-                        index,
-                    )
-                if gfn + i in self.shadowed:
-                    yield Violation(5, f"the shadowed table {gfn + i:#x} can be written", index)
-                # Extended page tables tell of writes by their dirty flags instead.
-                if slot.log and gfn + i not in slot.dirty and guest.design != EPT:
-                    yield Violation(
-                        22, f"a write to guest frame {gfn + i:#x} would not be logged", index
-                    )
+        gfns, shift = range(gfn, gfn + size), slot.page - slot.gfn
+        wrong = self._elsewhere(gfns, shift, said.frame)
+        if wrong is not None:
+            yield Violation(
+                2,
+                f"a leaf maps guest frame {wrong:#x} to frame "
+                f"{said.frame + wrong - gfn:#x}, which the host has not there",
+                index,
+            )
+            return
+        if said.rights & W:
+            yield from self._writable(index, gfns, slot)
         if guest.design == SHADOW:
             yield from self._shadow_leaf(page, index, gfn, said.rights)
+
+    def _elsewhere(self, gfns: range, shift: int, frame: int) -> int | None:
+        """Rule 2: the first of these guest frames that the host has not in the frames from this
+        one on. It has a page of 1 GByte, all of it, where its first frame is.
+        """
+        first, last = gfns[0] + shift, gfns[-1] + shift
+        of_a_giant = first >> GBYTE_SHIFT in self.guest.giants
+        if of_a_giant and last >> GBYTE_SHIFT == first >> GBYTE_SHIFT:
+            gfns = gfns[:1]  # the rest of the page follows
+        for i, gfn in enumerate(gfns):
+            if self.guest.frame_of(gfn + shift) != frame + i:
+                return gfn
+        return None
+
+    def _writable(self, index: int, gfns: range, slot: SlotView) -> Iterator[Violation]:
+        """Rules 5, 7 and 22: what is mapped to be written is nothing that must not be, unseen."""
+        guest, shift = self.guest, slot.page - slot.gfn
+        shared = among(range(gfns.start + shift, gfns.stop + shift), guest.shared)
+        for gfn in gfns[:1] if slot.readonly else [page - shift for page in shared]:
+            yield Violation(
+                7, f"a page that must not be written is writable: guest frame {gfn:#x}", index
+            )
+        for gfn in among(gfns, self.shadowed):
+            yield Violation(5, f"the shadowed table {gfn:#x} can be written", index)
+        # Extended page tables tell of writes by their dirty flags instead.
+        if slot.log and guest.design != EPT:
+            unseen = next((gfn for gfn in gfns if gfn not in slot.dirty), None)
+            if unseen is not None:
+                yield Violation(
+                    22, f"a write to guest frame {unseen:#x} would not be logged", index
+                )
 
     def _large_leaf(
         self, page: TablePage, index: int, gfn: int, said: Entry, slot: SlotView
@@ -332,8 +369,12 @@ class _Audit:
         guest, size = self.guest, 1 << 9 * (page.level - 1)
         if (gfn | said.frame | slot.page + gfn - slot.gfn) & size - 1:
             yield Violation(21, f"guest frame {gfn:#x} is mapped large, and not aligned", index)
-        if slot.page + gfn - slot.gfn >> 9 not in guest.huge:
-            yield Violation(21, "a large leaf maps small pages of the host", index)
+        backed = slot.page + gfn - slot.gfn
+        giant = backed >> GBYTE_SHIFT in guest.giants
+        if not giant and (page.level > 2 or backed >> 9 not in guest.huge):
+            yield Violation(21, "a large leaf maps smaller pages of the host", index)
+        if page.level > 2 and not guest.gbyte_pages:
+            yield Violation(21, "a leaf maps a GByte, which the processor cannot", index)
         if guest.multihit and said.rights & X:
             yield Violation(21, "code may be fetched from a large leaf", index)
         if not page.direct:
@@ -489,10 +530,11 @@ class _Audit:
         for pcid, address, level, frame, rights in processor.cached():
             # Shadow tables are walked by the address, second stages by what the guest makes of it.
             place = address >> 3 + 9 * level & 511 if guest.design == SHADOW else 0
-            key = frame << 11 | place << 2 | level
-            if guest.design != SHADOW and key not in self.leaves:
-                key = frame >> 9 << 20 | 2  # a part of a large page
-            if rights & ~self.leaves.get(key, 0) or key not in self.leaves:
+            keys = [frame << 11 | place << 2 | level]
+            if guest.design != SHADOW:  # or it is a part of a large page
+                keys += [frame >> 9 << 20 | 2, frame >> GBYTE_SHIFT << GBYTE_SHIFT + 11 | 3]
+            given = [self.leaves[key] for key in keys if key in self.leaves]
+            if not given or all(rights & ~those for those in given):
                 yield Violation(
                     19,
                     f"a core could use frame {frame:#x} for {address:#x} (PCID "
@@ -508,7 +550,9 @@ class _Audit:
             yield Violation(19, "a core could walk a table that is gone, without a flush", index)
 
     def _is_memory(self, frame: int) -> bool:
-        return frame in self.guest.backed.values()
+        return frame in self.guest.backed.values() or any(
+            first <= frame < first + (1 << GBYTE_SHIFT) for first in self.guest.giants.values()
+        )
 
     def _root(self, processor: ProcessorView, gbyte: int, root: TablePage) -> Iterator[Violation]:
         """Rules 9, 11 and 17: a root in use is for the processor's registers as they are."""
@@ -561,6 +605,13 @@ def read_entry(design: str, level: int, word: Word) -> Entry | None:
 def rights_of(entry: Word) -> int:
     """The rights of an entry in the format of ordinary paging."""
     return entry & (W | U) | (entry >> 63 ^ 1)
+
+
+def among(numbers: range, some: Collection[int]) -> list[int]:
+    """Which of these numbers are some of those."""
+    if len(numbers) < len(some):
+        return [number for number in numbers if number in some]
+    return [number for number in some if number in numbers]
 
 
 def excess(rights: int, given: int, role: Role) -> bool:

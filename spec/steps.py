@@ -34,25 +34,29 @@ class Slot(NamedTuple):
 class GuestPlan(NamedTuple):
     """A guest at power-on: its processors, its memory slots, and words of its memory by address.
 
-    `mergeable` are the pages of its backing that same-page merging may share.
+    `mergeable` are the pages of its backing that same-page merging may share. The first `giants`
+    GBytes of its backing after the first are of hugetlbfs, in pages of 1 GByte.
     """
 
     vcpus: tuple[Cpu, ...]
     slots: dict[int, Slot]
     image: dict[int, Word]
     mergeable: tuple[int, ...] = ()
+    giants: int = 0
 
 
 class Plan(NamedTuple):
     """A machine at power-on: its guests, how they get their memory, and how much of it there is.
 
-    `frames` are pages of machine memory. `shadow_pages` is how many pages of tables a guest may
+    `frames` are pages of machine memory, besides which the pool of hugetlb has `pool` pages of 1
+    GByte, the n-th at its n-th GByte. `shadow_pages` is how many pages of tables a guest may
     have before the oldest are reclaimed. `generations` of the memory slots are told apart in what
     is remembered of devices. `host_maxphyaddr` is the real processor's address width,
     `stage_levels` how many levels its second stage has, if it has one. The guests' memory begins
     swapped out, if it is `swapped`. With `multihit`, code is not
     to be fetched from large pages, which hurts some processors; with `zero_pages`, same-page
-    merging lets pages of zeros share one frame, whatever else it does.
+    merging lets pages of zeros share one frame, whatever else it does. Not every processor has
+    `gbyte_pages`, by which its tables map 1 GByte.
     """
 
     guests: tuple[GuestPlan, ...]
@@ -65,6 +69,8 @@ class Plan(NamedTuple):
     swapped: bool = False
     multihit: bool = False
     zero_pages: bool = False
+    pool: int = 0
+    gbyte_pages: bool = True
 
     @property
     def has_pdpte_registers(self) -> bool:

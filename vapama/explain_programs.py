@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vapama.explain import describe_access, entry_bits, explain_access
 from vapama.runs import GuardedPart
 from vapama.spec.access import Access
-from vapama.spec.anatomy import Cached, MachineView
+from vapama.spec.anatomy import GBYTE_SHIFT, Cached, MachineView
 from vapama.spec.machine import Map
 from vapama.spec.outcomes import NonCanonical, OutsideMemory
 from vapama.spec.paging import ACCESSED, DIRTY, FRAME
@@ -152,11 +152,16 @@ def state_of(view: MachineView) -> State:
     """What a machine's view shows now."""
     state = State({}, {}, {}, {}, {}, {})
     owners: dict[int, tuple[int, int]] = {}
+    giants: dict[int, tuple[int, int]] = {}
     formats: dict[int, bool] = {}
     for number, guest in enumerate(view.guests):
         for page, frame in guest.backed.items():
             state.places[number, page] = f"in frame {frame:#x}"
             owners[frame] = number, page
+        for gbyte, first in guest.giants.items():
+            page = gbyte << GBYTE_SHIFT
+            state.places[number, page] = f"1 GByte from frame {first:#x} on"
+            giants[first >> GBYTE_SHIFT] = number, page
         for page, words in guest.swapped.items():
             state.places.setdefault((number, page), "swapped out")
             if page not in guest.backed:
@@ -188,6 +193,10 @@ def state_of(view: MachineView) -> State:
             state.entries[index] = word, f"{entry_bits(word, formats[frame])}, {_leads(word)}"
         elif frame in owners and word:
             state.words[(*owners[frame], index & 511)] = word
+        elif frame >> GBYTE_SHIFT in giants and word:
+            number, page = giants[frame >> GBYTE_SHIFT]
+            within = frame & (1 << GBYTE_SHIFT) - 1
+            state.words[number, page + within, index & 511] = word
     return state
 
 

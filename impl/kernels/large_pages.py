@@ -38,13 +38,20 @@ def largest_level(base: Word, size: Word, hva: Word, gpa: Word, host: Word, gues
     return 1 + (two | three) + three
 
 
-def restricted(level: Word, tracked: Flag, write: Flag, execute: Flag, multihit: Flag) -> Word:
-    """The level left when a page in the block is write-tracked, or code must not be huge.
+def untracked_level(gfn: Word, tracked: Word) -> Word:
+    """The largest level whose page around a guest frame does not hold the frame `tracked`."""
+    apart = gfn ^ tracked
+    return 1 + flag(apart >> 9 != 0) + flag(apart >> 18 != 0)
+
+
+def restricted(level: Word, untracked: Word, write: Flag, execute: Flag, multihit: Flag) -> Word:
+    """The level left when pages larger than of level `untracked` hold one that is write-tracked,
+    or code must not be huge.
 
     `multihit` is 1 with the iTLB-multihit mitigation: then no executable page is large.
     """
-    small = tracked & write | execute & multihit
-    return ite(small != 0, EXECUTABLE_HUGE_LEVEL, level)
+    left = ite(flag(untracked < level) & write != 0, untracked, level)
+    return ite(execute & multihit != 0, EXECUTABLE_HUGE_LEVEL, left)
 
 
 def split_child(entry: Word, level: Word, index: Word) -> Word:

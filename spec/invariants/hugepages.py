@@ -30,6 +30,7 @@ from vapama.spec.hugepages import (
     reserved_for,
     resized,
     unreserved,
+    untracked_level,
 )
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.paging import ACCESSED, DIRTY, FRAME, PAGE_SIZE
@@ -71,30 +72,46 @@ def a_slot_is_mapped_as_large_as_everybody_allows(nondet: Nondet, subject: Any) 
     gpa = slot.gpa + nondet.word("offset", INSIDE)
     nondet.assume(gpa < slot.gpa + slot.size)
     host, guest = nondet.word("host", LEVEL), nondet.word("guest", LEVEL)
-    tracked, write, execute, multihit = (
-        nondet.flag(name) for name in ("tracked", "write", "execute", "multihit")
-    )
+    untracked = nondet.word("untracked", LEVEL)
+    write, execute, multihit = (nondet.flag(name) for name in ("write", "execute", "multihit"))
     level = k.largest_level(slot.gpa, slot.size, slot.hva, gpa, host, guest)
-    level = k.restricted(level, tracked, write, execute, multihit)
+    level = k.restricted(level, untracked, write, execute, multihit)
     expected = mapping_level(
         slot,
         gpa,
         host=host,
         guest=guest,
-        tracked=tracked,
+        untracked=untracked,
         write=write,
         execute=execute,
         multihit=multihit,
     )
     nondet.reach(("4 KBytes", "2 MBytes", "1 GByte")[expected - 1])
     if expected == 1 and host > 1 and guest > 1:
-        if tracked:
+        if write and untracked == 1:
             nondet.reach("tracked")
         elif congruent(page_bytes(2), slot.gpa, slot.hva):
             nondet.reach("cut by an edge")
         else:
             nondet.reach("not congruent")
     assert level == expected
+
+
+@invariant(
+    source="Linux, virt/kvm/x86/mmu.rst, Large pages",
+    reaches=("4 KBytes", "2 MBytes", "1 GByte"),
+    needs=(LARGE_PAGES,),
+    twin="a-table-in-a-gbyte-is-looked-for-in-its-first-2m",
+)
+def a_tracked_page_is_in_all_large_pages_around_it(nondet: Nondet, subject: Any) -> None:
+    """A page that must not be written unseen is in just those large pages that have its address:
+    beside one in the same GByte, 2 MBytes may be mapped; beside one in the same 2 MBytes, none.
+    """
+    gpa = nondet.word("gpa", PAGES_40)
+    tracked = gpa ^ nondet.word("apart", INSIDE)
+    expected = untracked_level(gpa, tracked)
+    nondet.reach(("4 KBytes", "2 MBytes", "1 GByte")[expected - 1])
+    assert subject.large_pages().untracked_level(gpa >> 12, tracked >> 12) == expected
 
 
 @invariant(

@@ -25,7 +25,7 @@ from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.steps import Log, Plan, Scan, Seen, Step, Store, Stored
 from vapama.spec.words import Word
 
-STYLE = Domain(free=(1 << 41) - 1, scope=(0x8864,))
+STYLE = Domain(free=(1 << 46) - 1, scope=(0x8864,))
 """What a program has in mind, and the host; see `overcommit.plan`."""
 STEP = Domain(scope=(0x8000_0000_0000_0000, 0x8000_0000_0000_0003, 0x8000_0000_0000_000C))
 """A step; see `overcommit.decode`. In the scope: a scan, a huge page, a store."""
@@ -70,19 +70,17 @@ def note(nondet: Nondet, view: MachineView) -> None:
         shared += {guest.backed[page] for page in guest.shared}
         if guest.huge:
             nondet.reach("a huge page")
-        if any(
-            page.level == 2 and _is_large(view, guest.design, page)
-            for page in guest.tables.values()
-        ):
-            nondet.reach("mapped large")
+        for page in guest.tables.values():
+            if page.level in (2, 3) and _is_large(view, guest.design, page):
+                nondet.reach("mapped large" if page.level == 2 else "a GByte mapped")
     if len(set(shared)) < len(shared):
         nondet.reach("shared by two guests")
 
 
 def _is_large(view: MachineView, design: str, page: Any) -> bool:
-    """Whether a table of level 2 has a large leaf."""
+    """Whether a table of an upper level has a large leaf."""
     for index in view.memory.keys() & range(page.frame << 9, page.frame + 1 << 9):
-        said = shadow.read_entry(design, 2, view.memory[index])
+        said = shadow.read_entry(design, page.level, view.memory[index])
         if said is not None and said.leaf:
             return True
     return False
@@ -112,7 +110,7 @@ def guests_whose_memory_is_shared_do_not_notice(nondet: Nondet, subject: Any) ->
 
 @invariant(
     source=LARGE_SOURCE,
-    reaches=("shared by two guests", "a huge page", "mapped large"),
+    reaches=("shared by two guests", "a huge page", "mapped large", "a GByte mapped"),
     needs=("vmm",),
     twin="a-slot-is-mapped-large-across-its-edges",
     searched=SEARCHED,
@@ -173,7 +171,7 @@ def _state(
 
 @invariant(
     source=LARGE_SOURCE,
-    reaches=("shared by two guests", "a huge page", "mapped large"),
+    reaches=("shared by two guests", "a huge page", "mapped large", "a GByte mapped"),
     needs=("vmm",),
     twin="a-collapse-leaves-what-maps-the-old-frames",
     searched=SEARCHED,
@@ -185,8 +183,8 @@ def every_small_program_of_sharing_guests_is_transparent_and_sound(
     allowed, and every rule of the tables is met. The exhaustive engine runs every program.
     """
     length = nondet.word("length", SHORT)
-    before, steps = nondet.one_of("scope", overcommit.SCOPES)
-    plan = overcommit.small_plan(nondet.one_of("design", DESIGNS))
+    before, steps, layout = nondet.one_of("scope", overcommit.SCOPES)
+    plan = overcommit.small_plan(nondet.one_of("design", DESIGNS), layout)
     hypervisor, machine = subject.vmm(plan), Machine(plan)
     hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), lambda *_: None)
     for step in before:
