@@ -37,6 +37,7 @@ from vapama.spec.subject import (
     LOADS,
     MANY,
     MASKING,
+    METADATA,
     NESTED,
     NESTED_MANY,
     OTHER_MODES,
@@ -179,7 +180,7 @@ class Optimized(HostMemory):
 
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
-        | {OTHER_MODES, MASKING, SHADOW_STACKS}
+        | {OTHER_MODES, MASKING, METADATA, SHADOW_STACKS}
         | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, GUEST_TLB, CACHED, NESTED, NESTED_MANY}
         | HostMemory.OBSERVES,
         symbolic=True,
@@ -196,7 +197,19 @@ class Optimized(HostMemory):
             own = [(module, name) for module in (ept, npt) for name in ("walk", "mark_walk")]
             names = ("walk_ept", "mark_ept", "walk_npt", "mark_npt")
             return [*own, *((nested, name) for name in names)]
+        if faculty == METADATA:
+            return [(module, METADATA) for module in (long_mode, nested)]
         return [(long_mode, "walk"), (long_mode, "mark")]
+
+    def without_metadata(self, cpu: Cpu, access: Access) -> Word:
+        """The linear address that is walked in 4-level and 5-level paging: masked, if it is to be.
+
+        Raises `NotCovered` for a control state in another mode.
+        """
+        if not cpu.efer & LMA:
+            raise NotCovered("addresses are masked in 4-level and 5-level paging alone")
+        mode, _, cr3, *_ = controls(cpu)
+        return long_mode.without_metadata(mode, cr3, access.address, access_word(access))
 
     def translate(self, cpu: Cpu, memory: Memory, access: Access) -> Outcome:
         """The outcome of the walk kernel; it sets no flags when it faults."""

@@ -181,10 +181,12 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        self.results = len(typing.get_args(typing.get_type_hints(function)["return"]))
+        returns = typing.get_type_hints(function)["return"]
+        self.results = len(typing.get_args(returns))
+        self.is_word = returns is int
 
     def __call__(self, *arguments: Any) -> Any:
-        """The kernel's results, or None if it only sets flags."""
+        """The kernel's results, or its result if it is one word, or None if it only sets flags."""
         terms: list[z3.ExprRef] = []
         paths: list[list[Any]] = []
         marks: list[Any] = []
@@ -200,6 +202,8 @@ class Kernel:
             else:
                 # Simplified, that what is the same may look the same, and need no solver.
                 terms.append(simplified(word(argument).term))
+        if self.is_word and not (paths or marks or memories):
+            return made(self._apply("word", WORDS, terms))
         if not self.results:
             return self._procedure(terms, paths, marks)
         if marks or len(memories) != 1 or len(paths) > 1:
@@ -213,7 +217,7 @@ class Kernel:
 
     def _procedure(self, terms: list[z3.ExprRef], paths: list[list[Any]], marks: list[Any]) -> None:
         """A kernel without results: it only sets flags."""
-        if len(marks) != 1:
+        if self.is_word or len(marks) != 1:
             raise Unfaithful(f"{self.name} is not a kernel that a lemma can stand for")
         for path in paths:
             if type(path[0]) is not Written or any(part is not path[0] for part in path):
@@ -303,17 +307,15 @@ class Instance(Nondet):
 
     def access(self, *states: ControlStates) -> Any:
         """The access of the call."""
-        if states:
-            raise Unfaithful(
-                f"the lemma {self.lemma} draws accesses of kinds, which a call has not"
-            )
-        return self._drawn(Nondet.access)
+        return self._drawn(Nondet.access, *states)
 
     def cpu(self, *states: ControlStates) -> Any:
         """The control state of the call."""
-        if states:
-            raise Unfaithful(f"the lemma {self.lemma} draws states of kinds, which a call has not")
-        return self._drawn(Nondet.cpu)
+        return self._drawn(Nondet.cpu, *states)
+
+    def walk(self, *states: ControlStates) -> Any:
+        """The control state, the memory and the access of the call."""
+        return self.cpu(*states), self.memory("guest"), self.access(*states)
 
     def guest_physical_access(self) -> Any:
         """The access of the call."""
@@ -327,12 +329,14 @@ class Instance(Nondet):
         """The second stage of the call."""
         return self._drawn(Nondet.npt)
 
-    def _drawn(self, draw: Callable[[Nondet], Any]) -> Any:
+    def _drawn(self, draw: Callable[..., Any], *states: ControlStates) -> Any:
         """The argument that the lemma draws so. It has to be one that can be drawn."""
+        if len(states) > 1:
+            raise Unfaithful(f"the lemma {self.lemma} draws of several kinds, which a call has not")
         name = draw.__name__
         if name in self.shown:
             return self.shown[name]
-        drawn = draw(self)
+        drawn = draw(self, *states)
         given = next(a for a in self.arguments if type(a) is type(drawn))
         for ours, theirs in zip(drawn, given, strict=True):
             if ours is not theirs:
@@ -402,7 +406,7 @@ class Lemmas:
             raise Unfaithful(f"{equality.name} asks for the reference at others than its draws")
         for call in self.calls:
             if all(_identical(a, b) for a, b in zip(arguments, call.arguments, strict=True)):
-                return dataclasses.replace(call.outcome)
+                return _again(call.outcome)
         assert equality.equates is not None
         ours = getattr(self.subject, equality.equates[1])(*arguments)
         explorer = self.explorer
@@ -418,20 +422,33 @@ class Lemmas:
                 explorer.settled(*decision)
             explorer.known.update(met.learned)
         self.calls.append(Call(arguments, met.outcome))
-        return dataclasses.replace(met.outcome)
+        return _again(met.outcome)
 
     def _outcome(self, equality: Invariant, arguments: tuple[Any, ...], ours: Any) -> Any:
         """Any outcome that the lemmas allow for a call with these arguments, where the subject's is
         of this kind.
         """
-        others = [self._arbitrary(kind) for kind in KINDS if kind is not type(ours)]
-        # Outcomes of another kind than the subject's must be refuted by the lemma outright.
-        if any(path.failure is None for path in self._paths(equality, arguments, others)):
-            raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
-        outcome = self._arbitrary(type(ours))
-        for lemma in self.lemmas:
+        if type(ours) is SymWord:
+            outcome: Any = made(z3.BitVec(f"word#{len(self.calls)}", 64))
+        else:
+            others = [self._arbitrary(kind) for kind in KINDS if kind is not type(ours)]
+            # Outcomes of another kind than the subject's must be refuted by the lemma outright.
+            if any(path.failure is None for path in self._paths(equality, arguments, others)):
+                raise Unfaithful(f"{equality.name} does not settle the kind of an outcome")
+            outcome = self._arbitrary(type(ours))
+        for lemma in self._about(equality):
             self._instantiate(lemma, arguments, outcome)
         return self._simplified(outcome, ours)
+
+    def _about(self, equality: Invariant) -> list[Invariant]:
+        """The lemmas about what this one equates: those that do so too, and those that need it."""
+        assert equality.equates is not None
+        _, faculty = equality.equates
+        return [
+            lemma
+            for lemma in self.lemmas
+            if (lemma.equates == equality.equates if lemma.equates else faculty in lemma.needs)
+        ]
 
     def _arbitrary(self, kind: type) -> Any:
         """An outcome of this kind of which nothing else is known."""
@@ -484,6 +501,9 @@ class Lemmas:
 
     def _simplified(self, outcome: Any, ours: Any) -> Any:
         """The outcome with the subject's words where this path is known to make them equal."""
+        if type(outcome) is SymWord:
+            equal = outcome.term == ours.term, ours.term == outcome.term
+            return ours if any(map(self.explorer.known_truth, equal)) else outcome
         for part in dataclasses.fields(outcome):
             arbitrary, value = getattr(outcome, part.name), getattr(ours, part.name)
             if type(arbitrary) is SymWord:
@@ -494,6 +514,11 @@ class Lemmas:
             ):
                 setattr(outcome, part.name, value)
         return outcome
+
+
+def _again(outcome: Any) -> Any:
+    """An outcome that nobody else has."""
+    return outcome if type(outcome) is SymWord else dataclasses.replace(outcome)
 
 
 def _identical(a: Any, b: Any) -> bool:

@@ -18,7 +18,7 @@ from vapama.spec.cpu import LA57, LAM_U48, LAM_U57, LMA, LME, PAE, Cpu, reserved
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory
 from vapama.spec.stage import Ept, Npt
-from vapama.spec.subject import MANY, NESTED_MANY, SECOND_STAGE_MANY, TRANSLATE
+from vapama.spec.subject import MANY, NESTED, NESTED_MANY, SECOND_STAGE_MANY, TRANSLATE
 from vapama.spec.words import Condition, Flag, Word, bit, ite, low_bits
 
 T = TypeVar("T")
@@ -295,8 +295,8 @@ class Invariant:
     @property
     def is_composed(self) -> bool:
         """Whether it is about what is made of several walks or steps: it has much to range over."""
-        batches = {MANY, SECOND_STAGE_MANY, NESTED_MANY}
-        return bool(self.uses or self.searched or batches & set(self.needs))
+        several = {MANY, SECOND_STAGE_MANY, NESTED_MANY, NESTED}
+        return bool(self.searched or several & set(self.needs))
 
 
 REGISTRY: dict[str, Invariant] = {}

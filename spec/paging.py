@@ -140,12 +140,10 @@ def linear_address(cpu: Cpu, mode: Mode, access: Access) -> Word:
     """
     if mode.width == 32:
         return access.address & low_bits(32)
-    if cpu.cr4 & LAM_SUP | cpu.cr3 & (LAM_U57 | LAM_U48):
-        return masked(cpu, access)
-    return access.address
+    return without_metadata(cpu, access)
 
 
-def masked(cpu: Cpu, access: Access) -> Word:
+def without_metadata(cpu: Cpu, access: Access) -> Word:
     """The address without metadata: with LAM57 bits 62:57 are as bit 56 is, with LAM48 bits 62:48
     as bit 47 is. Bit 63 stays, and the result has to be canonical still.
 
@@ -154,6 +152,8 @@ def masked(cpu: Cpu, access: Access) -> Word:
     Source: SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.1.4 and 4.5 (CR3).
     """
     address = access.address
+    if cpu.cr4 & LAM_SUP | cpu.cr3 & (LAM_U57 | LAM_U48) == 0:
+        return address
     supervisor = bit(address, 63)
     la57, sup = flag(cpu.cr4 & LA57 != 0), flag(cpu.cr4 & LAM_SUP != 0)
     u57, u48 = flag(cpu.cr3 & LAM_U57 != 0), flag(cpu.cr3 & LAM_U48 != 0)

@@ -69,15 +69,21 @@ def reserved_word(efer: Word, maxphyaddr: Word) -> Word:
 
 def without_metadata(mode: Word, cr3: Word, address: Word, access: Word) -> Word:
     """The address with its masked bits, if there are any, made copies of the highest bit left."""
-    sup = address >> 63 & mode >> MODE_LAM_SUP
-    user = address >> 63 ^ 1
-    la57 = mode >> MODE_LA57 & 1
-    data = access >> 4 & 1 ^ 1
-    lam57 = data & (sup & la57 | user & cr3 >> 61)
-    lam48 = data & (sup & (la57 ^ 1) | user & cr3 >> 62) & (lam57 ^ 1)
-    metadata = lam57 * 0x7E00000000000000 | lam48 * 0x7FFF000000000000
-    highest = (lam57 & address >> 56 | lam48 & address >> 47) * metadata
-    return address & ~metadata | highest
+    if not (cr3 >> 61 | mode >> MODE_LAM_SUP & 1):
+        return address
+    lam57 = cr3 >> 61 & 1
+    lam48 = cr3 >> 62 & 1
+    if address >> 63:
+        lam48 = mode >> MODE_LAM_SUP & 1
+        lam57 = lam48 & mode >> MODE_LA57
+    if access >> 4 & 1:
+        return address
+    # Branches, not a choice of masks: with each a proof knows which bits are which.
+    if lam57:
+        return address & ~0x7E00000000000000 | (address >> 56 & 1) * 0x7E00000000000000
+    if lam48:
+        return address & ~0x7FFF000000000000 | (address >> 47 & 1) * 0x7FFF000000000000
+    return address
 
 
 def access_code(mode: Word, access: Word) -> Word:
@@ -108,8 +114,7 @@ def walk(
     if mode >> MODE_LA57 & 1:
         level = 5
         shift = 57
-    if cr3 >> 61 | mode >> MODE_LAM_SUP & 1:
-        address = without_metadata(mode, cr3, address, access)
+    address = without_metadata(mode, cr3, address, access)
     upper = address >> (shift - 1)
     if (upper != 0) & (upper != (1 << (65 - shift)) - 1):
         return NONCANONICAL, 0

@@ -27,7 +27,6 @@ from vapama.impl.kernels.long_mode import (
     FRAME,
     MODE_CET,
     MODE_LA57,
-    MODE_LAM_SUP,
     MODE_NXE,
     MODE_PAGE1GB,
     MODE_SMEP,
@@ -73,8 +72,7 @@ def walk(
     if mode >> MODE_LA57 & 1:
         level = 5
         shift = 57
-    if cr3 >> 61 | mode >> MODE_LAM_SUP & 1:
-        address = without_metadata(mode, cr3, address, access)
+    address = without_metadata(mode, cr3, address, access)
     upper = address >> (shift - 1)
     if (upper != 0) & (upper != (1 << (65 - shift)) - 1):
         return NONCANONICAL, 0, 0

@@ -22,7 +22,6 @@ from vapama.impl.kernels.long_mode import (
     FAULT,
     FRAME,
     MODE_LA57,
-    MODE_LAM_SUP,
     MODE_PAGE1GB,
     NONCANONICAL,
     OUTSIDE,
@@ -133,8 +132,7 @@ def translate(
     `globals_on` is CR4.PGE. Returns (status, value) as the walk does.
     """
     write = access >> 1 & 1
-    if cr3 >> 61 | mode >> MODE_LAM_SUP & 1:
-        address = without_metadata(mode, cr3, address, access)
+    address = without_metadata(mode, cr3, address, access)
 
     # A PAGE IS CACHED: of what is not dirty yet, a write walks again to set the flag in memory
     level = 1

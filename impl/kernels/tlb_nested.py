@@ -18,7 +18,6 @@ from vapama.impl.kernels.long_mode import (
     FAULT,
     FRAME,
     MODE_LA57,
-    MODE_LAM_SUP,
     MODE_PAGE1GB,
     NONCANONICAL,
     Store,
@@ -100,9 +99,7 @@ def translate(
     Returns (status, value, gpa) as `nested.walk` does.
     """
     space = space_of(root)
-    untagged = address
-    if cr3 >> 61 | mode >> MODE_LAM_SUP & 1:
-        untagged = without_metadata(mode, cr3, address, access)
+    untagged = without_metadata(mode, cr3, address, access)
 
     # A PAGE IS CACHED
     write = access >> 1 & 1

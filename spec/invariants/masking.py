@@ -12,8 +12,8 @@ from vapama.spec.domains import ANY
 from vapama.spec.memory import Sparse
 from vapama.spec.nondet import LONG_MODE, Nondet, invariant
 from vapama.spec.outcomes import NonCanonical, Translated, kind
-from vapama.spec.paging import translate
-from vapama.spec.subject import ERROR_CODE, MANY, MASKING, PA, SHADOW_STACKS, agree, alike
+from vapama.spec.paging import translate, without_metadata
+from vapama.spec.subject import ERROR_CODE, MANY, MASKING, METADATA, PA, SHADOW_STACKS, agree, alike
 from vapama.spec.words import WORD, Word, bit, low_bits
 
 LAM57, LAM48 = low_bits(63) & ~low_bits(57), low_bits(63) & ~low_bits(48)
@@ -33,10 +33,26 @@ def _metadata(cpu: Cpu, access: Access) -> Word:
 
 
 @invariant(
+    source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.1.4 and 4.5 (CR3)",
+    reaches=("masked", "as it is"),
+    needs=(METADATA,),
+    equates=(without_metadata, METADATA),
+    twin="the-supervisors-mask-is-the-users",
+)
+def the_address_without_metadata_equals_the_reference(nondet: Nondet, subject: Any) -> None:
+    """The linear address that is walked is that of the reference: the step that masks it, alone."""
+    cpu, access = nondet.cpu(LONG_MODE), nondet.access(LONG_MODE)
+    expected = without_metadata(cpu, access)
+    nondet.reach("as it is" if expected == access.address else "masked")
+    assert subject.without_metadata(cpu, access) == expected
+
+
+@invariant(
     source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.5 to 4.8",
     reaches=("translated", "page fault", "non-canonical address", "entry outside memory"),
     needs=(MASKING,),
     twin="lam48-wins-over-lam57",
+    uses=("the_address_without_metadata_equals_the_reference",),
 )
 def the_walk_of_a_masked_address_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """In 4-level and 5-level paging, with any masking that is on."""

@@ -11,6 +11,8 @@ from vapama.spec.paging import DIRTY, USER, WRITABLE, Step, linear_address, path
 from vapama.spec.subject import ERROR_CODE, PA, SHADOW_STACKS, agree, alike
 from vapama.spec.words import Condition
 
+MASKED = ("the_address_without_metadata_equals_the_reference",)
+
 
 def _steps(cpu: Cpu, memory: Memory, access: Access) -> list[Step]:
     """The entries on the path of the access."""
@@ -47,6 +49,7 @@ def the_walk_to_a_shadow_stack_equals_the_reference(nondet: Nondet, subject: Any
     reaches=("user shadow stack", "supervisor shadow stack"),
     needs=(SHADOW_STACKS,),
     twin="any-read-only-page-is-a-shadow-stack",
+    uses=MASKED,
 )
 def a_shadow_stack_access_reaches_only_shadow_stack_pages(nondet: Nondet, subject: Any) -> None:
     """It translates only to a page whose own entry is read-only and dirty and all others on its
@@ -73,6 +76,7 @@ def a_shadow_stack_access_reaches_only_shadow_stack_pages(nondet: Nondet, subjec
     reaches=("write translated",),
     needs=(SHADOW_STACKS,),
     twin="dirty-pages-are-writable",
+    uses=MASKED,
 )
 def an_ordinary_write_never_reaches_a_shadow_stack(nondet: Nondet, subject: Any) -> None:
     """With CET no write but one to a shadow stack translates to a shadow-stack page, not even the

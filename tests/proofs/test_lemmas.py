@@ -20,9 +20,17 @@ from vapama.spec import paging
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Altered, Marked, Memory
-from vapama.spec.nondet import Claim, Invariant, Nondet, Reject, load_invariants
+from vapama.spec.nondet import (
+    LONG_MODE,
+    PAE_PAGING,
+    Claim,
+    Invariant,
+    Nondet,
+    Reject,
+    load_invariants,
+)
 from vapama.spec.outcomes import Outcome, PageFault, Translated
-from vapama.spec.subject import agree
+from vapama.spec.subject import TRANSLATE, agree
 from vapama.spec.words import low_bits
 from vapama.verdict import (
     CONDITIONAL,
@@ -48,10 +56,12 @@ def lemma(claim: Claim) -> Invariant:
     return replace(resting(claim), equates=EQUATES)
 
 
-def resting(claim: Claim, *uses: Invariant, reaches: tuple[str, ...] = ()) -> Invariant:
+def resting(
+    claim: Claim, *uses: Invariant, reaches: tuple[str, ...] = (), needs: tuple[str, ...] = ()
+) -> Invariant:
     names = tuple(i.name for i in uses)
     return Invariant(
-        claim.__name__, claim, "a test", reaches, frozenset(), twin="", bound="", uses=names
+        claim.__name__, claim, "a test", reaches, frozenset(needs), twin="", bound="", uses=names
     )
 
 
@@ -214,10 +224,62 @@ def the_low_bits_stay(nondet: Nondet, subject: Any) -> None:
 
 
 def test_what_a_lemma_says_is_known() -> None:
-    lemmas = WALK, resting(the_low_bits_stay)
+    lemmas = WALK, resting(the_low_bits_stay, needs=(TRANSLATE,))
     assert verdict_on(what_no_lemma_says_is_not_known, *lemmas).status == CONDITIONAL
     # But only at the calls of the reference: a claim on the subject alone makes none.
     assert verdict_on(the_low_bits_stay, WALK).status == UNDECIDED
+
+
+# A lemma about a step of a walk, which is a word.
+
+ADDRESS = KNOWN["the_address_without_metadata_equals_the_reference"]
+
+
+def masked_walks(nondet: Nondet, subject: Any) -> tuple[Cpu, Access, Any, Any]:
+    """A masked access, the reference's address of it and the subject's."""
+    cpu, _, access = nondet.walk(LONG_MODE)
+    nondet.assume(cpu.masks != 0)
+    expected = paging.without_metadata(cpu, access)
+    return cpu, access, expected, subject.without_metadata(cpu, access)
+
+
+def a_step_is_as_the_reference_has_it(nondet: Nondet, subject: Any) -> None:
+    _, _, expected, ours = masked_walks(nondet, subject)
+    if expected >> 3 != ours >> 3:
+        raise AssertionError
+
+
+def a_step_changes_nothing(nondet: Nondet, subject: Any) -> None:
+    _, access, expected, _ = masked_walks(nondet, subject)
+    if expected != access.address:
+        raise AssertionError
+
+
+def a_step_is_the_same_for_reads(nondet: Nondet, subject: Any) -> None:
+    cpu, access, expected, _ = masked_walks(nondet, subject)
+    if subject.without_metadata(cpu, access._replace(fetch=0, write=0, implicit=0)) != expected:
+        raise AssertionError
+
+
+def test_a_lemma_may_be_about_a_word() -> None:
+    proved = verdict_on(a_step_is_as_the_reference_has_it, ADDRESS)
+    assert (proved.status, proved.executions) == (CONDITIONAL, 2)  # one of them without masks
+    for claim in a_step_changes_nothing, a_step_is_the_same_for_reads:
+        assert verdict_on(claim, ADDRESS).status == COUNTEREXAMPLE
+
+
+def test_a_lemma_says_nothing_of_what_it_is_not_about() -> None:
+    verdict = verdict_on(what_no_lemma_says_is_not_known, WALK, resting(the_low_bits_stay))
+    assert verdict.status == UNDECIDED
+
+
+def test_a_lemma_about_another_kind_of_state_says_nothing() -> None:
+    def anywhere(nondet: Nondet, subject: Any) -> None:
+        cpu, access = nondet.cpu(PAE_PAGING), nondet.access(PAE_PAGING)
+        if paging.without_metadata(cpu, access) > low_bits(64):
+            raise AssertionError
+
+    assert verdict_on(anywhere, ADDRESS).status != CONDITIONAL
 
 
 RARE = 0x1234_5678_9ABC
@@ -267,7 +329,7 @@ SUPPOSING = {
 @pytest.mark.parametrize("name", SUPPOSING)
 def test_all_ways_of_a_lemma_are_supposed(name: str, seed: Callable[..., Any]) -> None:
     lemma, before, after = SUPPOSING[name]
-    lemmas = WALK, resting(lemma)
+    lemmas = WALK, resting(lemma, needs=(TRANSLATE,))
     assert verdict_on(it_is_not_that_address, *lemmas).status == COUNTEREXAMPLE
     seed((before, after))
     assert verdict_on(it_is_not_that_address, *lemmas).status == CONDITIONAL
