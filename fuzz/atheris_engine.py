@@ -92,7 +92,9 @@ class Campaign:
         return [
             i
             for i in self.invariants
-            if not self.trouble and i.name not in ended and not self.reached[i.name] >= {*i.reaches}
+            if not self.trouble
+            and i.name not in ended
+            and not self.reached[i.name].issuperset(self.subject.reachable(i))
         ]
 
     @property

@@ -99,7 +99,7 @@ def run(
                 one(Replay(case.values(), subject.capabilities.narrow))
             for turn in range(patience):
                 (search if seed is None else hypothesis.seed(seed + turn)(search))()
-                if reached.issuperset(invariant.reaches):
+                if reached.issuperset(subject.reachable(invariant)):
                     break
         except (Failed, Hung):
             pass

@@ -64,7 +64,7 @@ class Search:
         """Whether to go on after `spent` of `seconds`."""
         if spent < seconds:
             return True
-        complete = self.nondet.reached.issuperset(self.invariant.reaches)
+        complete = self.nondet.reached.issuperset(self.subject.reachable(self.invariant))
         return not complete and spent < patience * seconds
 
     def batch(self, count: int, alive: Callable[[], None] = lambda: None) -> None:
@@ -139,7 +139,7 @@ def conclude(
         return verdict
     if not met:
         verdict.status, verdict.why = UNDECIDED, "no run met its assumptions"
-    missing = [label for label in invariant.reaches if label not in reached]
+    missing = [label for label in subject.reachable(invariant) if label not in reached]
     if missing:
         verdict.status, verdict.why = UNDECIDED, f"never reached: {', '.join(missing)}"
     return verdict

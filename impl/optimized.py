@@ -41,6 +41,7 @@ from vapama.spec.subject import (
     NESTED,
     NESTED_MANY,
     OTHER_MODES,
+    OVERCOMMIT,
     PA,
     PDPTES,
     SECOND_STAGE,
@@ -48,6 +49,7 @@ from vapama.spec.subject import (
     SHADOW_STACKS,
     TLB,
     UPDATES,
+    VIEW,
     VMM,
     Cached,
     Capabilities,
@@ -181,7 +183,8 @@ class Optimized(HostMemory):
     capabilities = Capabilities(
         observes=frozenset({PA, LEVEL, ERROR_CODE, UPDATES, LOADS, MANY, PDPTES})
         | {OTHER_MODES, MASKING, METADATA, SHADOW_STACKS}
-        | {SECOND_STAGE, SECOND_STAGE_MANY, VMM, TLB, GUEST_TLB, CACHED, NESTED, NESTED_MANY}
+        | {SECOND_STAGE, SECOND_STAGE_MANY, TLB, GUEST_TLB, CACHED, NESTED, NESTED_MANY}
+        | {VMM, VIEW, OVERCOMMIT}
         | HostMemory.OBSERVES,
         symbolic=True,
     )

@@ -1,5 +1,9 @@
 """A machine with our guest in it, behind the subject protocol."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from vapama.oracles import native, virtual
 from vapama.oracles.departures import Departure, Disagreement, described, named
 from vapama.oracles.emulator import MachineDied
@@ -8,7 +12,7 @@ from vapama.oracles.native import POOL_BYTES, RECORD_BYTES, STAMPS
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import Cpu
 from vapama.spec.memory import Memory, Sparse
-from vapama.spec.outcomes import Outcome, Translated
+from vapama.spec.outcomes import I, Outcome, Translated, U, W
 from vapama.spec.stage import Stage
 from vapama.spec.subject import EFFECTS, ERROR_CODE, OTHER_MODES, PA, SECOND_STAGE, Capabilities
 
@@ -20,6 +24,10 @@ class BareMetal:
 
     `departures` are the disagreements of this machine with the manual that are known by name.
     """
+
+    reference: Callable[[Any, Memory, Any], Outcome] | None = None
+    """What the reference says of a case. Who has it sets it: some departures are told by what it
+    says of another memory."""
 
     def __init__(self, machine: Machine, departures: tuple[Departure, ...]) -> None:
         self.machine, self.departures = machine, departures
@@ -58,9 +66,25 @@ class BareMetal:
         return result
 
     def departure(
-        self, cpu: Cpu, memory: Memory, access: Access, expected: Outcome, outcome: Outcome
+        self,
+        state: Cpu | Stage,
+        memory: Memory,
+        access: Any,
+        expected: Outcome,
+        outcome: Outcome,
     ) -> str | None:
         """The name of this disagreement among the known departures, None if it is not one."""
-        size, code = cpu.mode.entry_bytes, described(cpu, access)
-        found = Disagreement(memory, expected, outcome, self.capabilities, size, code)
-        return named(self.departures, found)
+        size, code, open_bits = 8, access.write * W | access.user * U | access.fetch * I, I
+        if isinstance(state, Cpu):
+            size, code, open_bits = state.mode.entry_bytes, described(state, access), 0
+        reference = None if self.reference is None else partial(self._by_reference, state, access)
+        return named(
+            self.departures,
+            Disagreement(
+                memory, expected, outcome, self.capabilities, size, code, reference, open_bits
+            ),
+        )
+
+    def _by_reference(self, state: Cpu | Stage, access: Any, memory: Memory) -> Outcome:
+        assert self.reference is not None
+        return self.reference(state, memory, access)

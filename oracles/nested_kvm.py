@@ -268,6 +268,10 @@ class NestedKvm(Emulator):
                 ),
             )
 
+    def is_busy(self) -> bool:
+        """Whether commands that were given are under way, or it has ended."""
+        return self._word(0) != 0 or not self.alive()
+
     def run(self, commands: Sequence[Command]) -> list[Result]:
         """Run commands. Raises `MachineDied`."""
         self.give(commands)

@@ -157,8 +157,8 @@ class GuestMachine:
         self.processors = [Processor(self.history, cpu) for cpu in plan.vcpus]
         self.has_pdpte_registers = has_pdpte_registers
 
-        self.entries: set[Word] = set()
-        """Addresses of table entries that were used."""
+        self.entries: set[int] = set()
+        """Words of the backing that were used as table entries."""
         self.edited = False
         """Whether one of them was stored to, so that there may be more than one way to go."""
 
@@ -325,11 +325,12 @@ class _Judged:
         for given_up in ({}, self._accessed(elsewhere)) if elsewhere else ({},):
             for way in ways:
                 entries = self._explains(way)
-                if entries is not None and not elsewhere.keys() - entries.keys() - given_up.keys():
-                    machine.entries.update(
-                        address for outcome in way.outcomes for address, _ in _sets(outcome)
-                    )
-                    machine.edited |= not machine.entries.isdisjoint(self.stored)
+                if entries is not None and not (
+                    self._names(elsewhere) - self._names(entries) - self._names(given_up)
+                ):
+                    used = {address for outcome in way.outcomes for address, _ in _sets(outcome)}
+                    machine.entries |= self._words(used)
+                    machine.edited |= not machine.entries.isdisjoint(self._words(self.stored))
                     self._go(given_up | entries)
                     if isinstance(self.seen, Faulted):
                         # A page fault drops what is cached of its address.
@@ -417,24 +418,30 @@ class _Judged:
         must be, and none but those that may be; None if the subject's are not so.
 
         What the store itself overwrote shows no flags, which `flagged` then holds. Flags in
-        read-only memory stay as they are.
+        read-only memory stay as they are. A word is one, whatever the addresses that it was
+        reached by.
         """
-        needed, may = _gathered(must), _gathered(u for o in way.outcomes for u in _sets(o))
+        needed, may = (
+            self._gathered(must),
+            self._gathered(update for outcome in way.outcomes for update in _sets(outcome)),
+        )
+        stored = {self._name(address): address for address in self.stored}
         changes: dict[Word, Word] = {}
         self.flagged.clear()
-        for address in may.keys() | self.stored.keys():
-            before = self.machine.load(address)
+        for name in may.keys() | stored.keys():
+            before = self.machine.load(name)
+            used, bits = may.get(name, (name, 0))
+            address = stored.get(name, used)
             word, overwritten = self.stored.get(address, (before, 0))
-            bits = may.get(address, 0)
             flags = bits & ~overwritten & ~word
             if not flags and not overwritten:
                 continue
-            if not self._is_writable(address):
-                if self._is_memory(address) and self.look(self.guest, address) != before:
+            if not self._is_writable(name):
+                if self._is_memory(name) and self.look(self.guest, name) != before:
                     return None
                 continue
-            after = self.look(self.guest, address)
-            if after & ~flags != word or needed.get(address, 0) & flags & ~after:
+            after = self.look(self.guest, name)
+            if after & ~flags != word or needed.get(name, (name, 0))[1] & flags & ~after:
                 return None
             changes[address] = after
             if overwritten and bits & ~before:
@@ -443,9 +450,11 @@ class _Judged:
 
     def _loaded(self, way: Way, changes: dict[Word, Word]) -> Word:
         """What the load gives: flags that its own walk set included."""
+        changed = {self._name(address): word for address, word in changes.items()}
 
         def load(address: Word) -> Word:
-            return changes[address] if address in changes else self.machine.load(address)
+            name = self._name(address)
+            return changed[name] if name in changed else self.machine.load(address)
 
         value = 0
         for piece, outcome in zip(self.pieces, way.outcomes, strict=True):
@@ -468,6 +477,31 @@ class _Judged:
     def _is_writable(self, address: Word) -> bool:
         slot = self.machine.map.slot_of(address >> 12)
         return slot is not None and not slot.readonly
+
+    def _name(self, address: Word) -> Word:
+        """The first of the addresses at which a word can be written; elsewhere the address."""
+        if self._is_writable(address):
+            for name in self.machine.map.addresses(self.machine.map.word_of(address)):
+                if self._is_writable(name):
+                    return name
+        return address
+
+    def _names(self, addresses: Iterable[Word]) -> set[Word]:
+        return {self._name(address) for address in addresses}
+
+    def _words(self, addresses: Iterable[Word]) -> set[int]:
+        """Which words of the backing are at these addresses, as far as memory is there."""
+        there = filter(self._is_memory, addresses)
+        return {self.machine.map.word_of(address) for address in there}
+
+    def _gathered(self, updates: Iterable[Update]) -> dict[Word, tuple[Word, Word]]:
+        """The flags of all updates, by the names of their entries, each with an address of it."""
+        flags: dict[Word, tuple[Word, Word]] = {}
+        for address, bits in updates:
+            name = self._name(address)
+            used, others = flags.get(name, (address, 0))
+            flags[name] = used, others | bits
+        return flags
 
     def _store(self, way: Way) -> None:
         """What the store leaves in memory: the words, and which of their bits it wrote."""
@@ -522,14 +556,6 @@ def _sets(outcome: Outcome) -> tuple[Update, ...]:
         case PageFault() | OutsideMemory():
             return outcome.may_update
     return ()
-
-
-def _gathered(updates: Iterable[Update]) -> dict[Word, Word]:
-    """The flags of all updates, by address."""
-    flags: dict[Word, Word] = {}
-    for address, bits in updates:
-        flags[address] = flags.get(address, 0) | bits
-    return flags
 
 
 def _same(outcome: Outcome, address: Word, seen: Seen) -> bool:

@@ -63,6 +63,10 @@ SECOND_STAGE_MANY = "second_stage_many"
 """Has `second_stage_many`."""
 VMM = "vmm"
 """Has `vmm`: it runs programs of guest and host steps as a hypervisor."""
+VIEW = "view"
+"""What `vmm` gives shows its tables: it has `view` and `watch`."""
+OVERCOMMIT = "overcommit"
+"""What `vmm` gives also merges equal pages of its guests, and makes them huge."""
 TLB = "tlb"
 """Has `tlb`: a processor that caches translations."""
 GUEST_TLB = "guest tlb"
@@ -94,7 +98,8 @@ class Capabilities:
     `symbolic`: it runs on symbolic words, so that it can be proved. `preload`: it needs all the
     entries that a walk will read before it starts (a real machine does), not one by one.
     `narrow`: draws, by name, that the subject can take only some values of. `confirmations`: how
-    often a failing Case must fail again to count, on a subject that others may disturb.
+    often a failing Case must fail again to count, on a subject that others may disturb. `unseen`:
+    what invariants are to reach, by its label, and this subject never does.
     """
 
     observes: frozenset[str]
@@ -102,6 +107,7 @@ class Capabilities:
     preload: bool = False
     narrow: Mapping[str, Domain] = field(default_factory=dict)
     confirmations: int = 0
+    unseen: frozenset[str] = frozenset()
 
 
 class Cached(NamedTuple):
@@ -216,7 +222,12 @@ class SecondStageBatchSubject(SecondStageSubject, Protocol):
 
 
 class Hypervisor(Protocol):
-    """A hypervisor's memory subsystem at work, with all that its guests have."""
+    """A hypervisor's memory subsystem at work, with all that its guests have.
+
+    One that cannot make every step has `fit(step)`: the step as it can make it, `Rest()` for one
+    that it cannot. One that needs something of its own in the guests' memory has `plan`: the plan
+    that it was given, with that.
+    """
 
     def do(self, step: Step) -> Seen:
         """Make a step, and say what was seen of it."""
@@ -225,7 +236,7 @@ class Hypervisor(Protocol):
         """A guest's word at an aligned guest-physical address in a slot, as the host has it."""
 
     def view(self) -> MachineView:
-        """All that an audit looks at."""
+        """All that an audit looks at. It and `watch` are asked of one that has `VIEW`."""
 
     def watch(self, freed: Callable[[int], None], synced: Callable[[int, int], None]) -> None:
         """Have `freed` told of each frame just before it is freed, and `synced` of each root, by

@@ -10,6 +10,8 @@ from pathlib import Path
 import msgspec
 
 FORMAT, VERSION = "vapama-case", 1
+CASES = Path("vapama-cases")
+"""Where counterexamples are saved."""
 
 
 class BadInput(Exception):

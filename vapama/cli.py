@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from vapama import cli_oracles, cli_snapshot, cli_vectors
-from vapama.case import BadInput
+from vapama.case import CASES, BadInput
 from vapama.jobs import Event, Job
 from vapama.snapshot import truth
 from vapama.verdict import (
@@ -44,7 +44,6 @@ Subject = Annotated[
     typer.Option(help="What to check: a short name (see `vapama list`) or module:factory."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-CASES = Path("vapama-cases")
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vapama.case import BadInput
-from vapama.subjects import MACHINES, machine
+from vapama.case import CASES, BadInput
+from vapama.explain_programs import describe_step
+from vapama.subjects import HYPERVISORS, MACHINES, machine
 from vapama.verdict import EXIT_COUNTEREXAMPLE, EXIT_HELD
 
 app = typer.Typer(
@@ -80,7 +81,7 @@ def run(
     """
     from vapama import oracle_batches, oracle_runs
 
-    if oracle in NESTED:
+    if oracle in HYPERVISORS:
         if model is not None or maxphyaddr is not None or compiled:
             raise BadInput(
                 f"vapama oracles run {oracle}: --model, --maxphyaddr and --compiled are "
@@ -88,7 +89,7 @@ def run(
             )
         _run_programs(oracle, cases, seed, seconds, json)
     if oracle not in MACHINES:
-        known = ", ".join((*MACHINES, *NESTED))
+        known = ", ".join((*MACHINES, *HYPERVISORS))
         raise BadInput(f"vapama oracles run {oracle}: give one of {known}")
     if seconds is not None:
         raise BadInput(f"vapama oracles run {oracle}: --seconds is about kvm-shadow and kvm-tdp")
@@ -107,10 +108,6 @@ def run(
     raise typer.Exit(EXIT_COUNTEREXAMPLE if tally.differences else EXIT_HELD)
 
 
-NESTED = {"kvm-shadow": False, "kvm-tdp": True}
-"""Hypervisors that run programs, by whether they use nested paging."""
-
-
 def _run_programs(
     oracle: str, count: int, seed: int, seconds: float | None, json: bool
 ) -> NoReturn:
@@ -120,7 +117,7 @@ def _run_programs(
     from vapama.oracles.nested_kvm import NestedKvm
 
     try:
-        hypervisor = NestedKvm(NESTED[oracle])
+        hypervisor = NestedKvm(HYPERVISORS[oracle])
     except CannotStart as error:
         raise BadInput(f"vapama oracles run {oracle}: {error}") from None
     try:
@@ -143,7 +140,9 @@ def _print_programs(oracle: str, tally: Any) -> None:
         again = "" if found.again else " (not seen again)"
         console.print(f"[bold red]difference[/]{again}: {escape(found.what)}", soft_wrap=True)
         for step in found.program.steps[: found.at + 1]:
-            console.print(f"    {step}", soft_wrap=True, markup=False)
+            console.print(f"    {describe_step(step)}", soft_wrap=True, markup=False)
+        path = found.case(oracle, HYPERVISORS[oracle]).save(CASES)
+        console.print(f"    explain it: vapama explain {path}", soft_wrap=True)
     deaths = f", {tally.deaths} times started anew" if tally.deaths else ""
     console.print(
         f"{oracle}: {tally.judged:,} programs judged in {tally.seconds:.1f} s, "

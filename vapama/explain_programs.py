@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from vapama.explain import describe_access, entry_bits, explain_access
-from vapama.runs import GuardedPart
+from vapama.runs import GuardedPart, SubjectRaised
 from vapama.spec.access import Access
 from vapama.spec.anatomy import GBYTE_SHIFT, Cached, MachineView
 from vapama.spec.machine import Map
@@ -268,7 +268,9 @@ class RecordedPart(GuardedPart):
         self.told: list[str] = []
         self.steps = 0
         if arguments and isinstance(arguments[0], Plan):
-            self.told += _machine(arguments[0])
+            plan = arguments[0]
+            self.told += _machine(plan)
+            self._outside = None if hasattr(part.part, "view") else Outside(part.part, plan)
             self._make: Callable[[Any], Any] = super().__getattr__("do")
             self.do = self._do
         else:
@@ -298,29 +300,72 @@ class RecordedPart(GuardedPart):
         """A step of a hypervisor, told with what it changed."""
         self.steps += 1
         self.told += ["", f"step {self.steps}   {describe_step(step)}"]
-        before = state_of(self.view())
+        before = self._state()
         if isinstance(step, Load | Store):
             self.told += [f"  fresh  {line}" for line in self._walk(step)]
-        seen = self._make(step)
-        self.told.append(f"  seen   {describe_seen(seen)}")
-        self.told += [f"  now    {line}" for line in changes(before, state_of(self.view()))]
+        try:
+            seen = self._make(step)
+            self.told.append(f"  seen   {describe_seen(seen)}")
+        except SubjectRaised as error:
+            self.told.append(f"  seen   {error}")
+            raise
+        if self._outside is not None:
+            self._outside.follow(step)
+        self.told += [f"  now    {line}" for line in changes(before, self._state())]
         return seen
+
+    def _state(self) -> State:
+        return state_of(self.view()) if self._outside is None else self._outside.state()
 
     def _walk(self, step: Load | Store) -> Iterator[str]:
         """A walk of the guest's own tables for the access as it is now, with nothing cached."""
-        guest = self.view().guests[step.guest]
-        memory = _Words(self, step.guest, guest.slots)
-        cpu = guest.processors[step.vcpu].cpu
+        if self._outside is None:
+            guest = self.view().guests[step.guest]
+            slots = {
+                n: Slot(s.gfn, s.end - s.gfn, s.page, s.readonly) for n, s in guest.slots.items()
+            }
+            cpu = guest.processors[step.vcpu].cpu
+        else:
+            slots = self._outside.maps[step.guest].slots
+            cpu = self._outside.cpus[step.guest][step.vcpu]
         access = Access(*step.access)
-        yield from list(explain_access(cpu, memory, access))[1:]
+        yield from list(explain_access(cpu, _Words(self, step.guest, slots), access))[1:]
+
+
+class Outside:
+    """What can be told of a hypervisor that shows no tables: its guests' memory and processors."""
+
+    def __init__(self, part: Any, plan: Plan) -> None:
+        self.part = part
+        self.words: dict[tuple[int, int, int], int] = {}
+        self.maps = [Map(guest.slots, {}) for guest in plan.guests]
+        self.cpus = [list(guest.vcpus) for guest in plan.guests]
+
+    def follow(self, step: Any) -> None:
+        """A step was made."""
+        if isinstance(step, Move):
+            cpus = self.cpus[step.guest]
+            cpus[step.vcpu] = step.on(cpus[step.vcpu])
+        elif isinstance(step, SetSlot):
+            self.maps[step.guest].set_slot(step.number, step.slot)
+
+    def state(self) -> State:
+        """Every word of the guests' memory; of pages in no slot, as they were last seen."""
+        for number, its in enumerate(self.maps):
+            for slot in its.slots.values():
+                for page in range(slot.pages):
+                    for place in range(512):
+                        word = self.part.word(number, slot.gfn + page << 12 | place << 3)
+                        self.words[number, slot.page + page, place] = word
+        words = {where: word for where, word in self.words.items() if word}
+        return State({}, {}, words, {}, {}, {})
 
 
 class _Words(Map):
     """A guest's memory as its hypervisor has it, for a walk to read."""
 
-    def __init__(self, part: Any, guest: int, slots: Mapping[int, Any]) -> None:
-        own = {n: Slot(s.gfn, s.end - s.gfn, s.page, s.readonly) for n, s in slots.items()}
-        super().__init__(own, {})
+    def __init__(self, part: Any, guest: int, slots: dict[int, Slot]) -> None:
+        super().__init__(slots, {})
         self.part, self.guest = part, guest
 
     def load(self, address: int) -> int:

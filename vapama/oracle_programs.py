@@ -8,23 +8,32 @@ one batch, the last is judged and the next is made.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import TypeGuard
 
 import msgspec
 
+from vapama.case import Case, make_case
 from vapama.oracles import nested_kvm as k
 from vapama.oracles.emulator import MachineDied
 from vapama.oracles.nested_kvm import Command, NestedKvm, Result, Told
 from vapama.spec import programs
 from vapama.spec.access import Access
 from vapama.spec.cpu import NXE, PCIDE, SMAP, SMEP, Cpu
+from vapama.spec.invariants.vmm import (
+    DESIGNS,
+    NAMES,
+    each_guest_sees_what_its_own_machine_allows,
+    no_guest_reaches_what_is_not_its_own,
+)
 from vapama.spec.machine import (
     Departure,
     GuestMachine,
     Look,
     Machine,
+    Piece,
     load_bytes,
     pieces,
 )
@@ -38,6 +47,8 @@ from vapama.spec.outcomes import (
 )
 from vapama.spec.paging import ACCESSED, DIRTY, PAGE_SIZE, PRESENT
 from vapama.spec.steps import (
+    NPT,
+    SHADOW,
     DeviceWrite,
     Done,
     Faulted,
@@ -97,15 +108,12 @@ class Program:
 
 def program(style: Word, words: Sequence[Word], cr4: Word) -> Program:
     """The program that these words stand for, without what cannot be done here."""
-    has = {21: cr4 & SMEP, 22: cr4 & SMAP, 25: cr4 & PCIDE}
-    for bit, there in has.items():
-        if not there:
-            style &= ~(1 << bit)
+    style = style_of(style, cr4)
 
     def decoded(machine: Machine) -> Iterator[Step]:
         for word in words:
-            step = _adapted(programs.decode(word, machine, style))
-            if not isinstance(step, Rest) and k.can(step, cr4) and not _leaves_agent(step):
+            step = fitted(programs.decode(word, machine, style), cr4)
+            if not isinstance(step, Rest):
                 yield step
 
     return of_steps(style, words, decoded)
@@ -126,22 +134,30 @@ def of_steps(
     return Program(style, tuple(words), plan, tuple(made), tuple(commands))
 
 
-def _leaves_agent(step: Step) -> bool:
-    """Whether it is a root without our agent's entry that CR3 would get."""
-    return isinstance(step, Move) and step.register == "cr3" and step.value >> 12 == programs.DEVICE
+def style_of(bits: Word, cr4: Word) -> Word:
+    """A style without what needs bits that these processors' CR4 lacks: see `programs.plan`."""
+    for number, needed in ((21, SMEP), (22, SMAP), (25, PCIDE)):
+        if not cr4 & needed:
+            bits &= ~(1 << number)
+    return bits
+
+
+def fitted(step: Step, cr4: Word) -> Step:
+    """A step as it can be made here, `Rest` if it cannot: fetches go to where there is code, and no
+    root is without the entry that leads to our agent.
+    """
+    match step:
+        case Load(_, _, access) if access.fetch:
+            address = access.address & ~0xFFF | k.STAMP_AT
+            return step._replace(access=access._replace(address=address))
+        case Move(_, _, "cr3", value) if value >> 12 == programs.DEVICE:
+            return Rest()
+    return step if k.can(step, cr4) else Rest()
 
 
 def _cpu(machine: Machine, step: Step) -> Cpu:
     guest, vcpu = getattr(step, "guest", 0), getattr(step, "vcpu", 0)
     return machine.guests[guest].processors[vcpu].cpu
-
-
-def _adapted(step: Step) -> Step:
-    """A fetch goes to where there is code."""
-    if isinstance(step, Load) and step.access.fetch:
-        address = step.access.address & ~0xFFF | k.STAMP_AT
-        return step._replace(access=step.access._replace(address=address))
-    return step
 
 
 def draw(random: Random, cr4: Word) -> Iterator[Program]:
@@ -163,6 +179,19 @@ class Difference:
     what: str
     again: bool = False
     """Whether it was seen again when the program was run alone, and shrunk."""
+    of_memory: bool = False
+    """Whether it is a word of memory that is not what the steps made of it."""
+
+    def case(self, hypervisor: str, npt: bool) -> Case:
+        """The program as a Case of the claim that it breaks on this hypervisor."""
+        claim = no_guest_reaches_what_is_not_its_own
+        if not self.of_memory:
+            claim = each_guest_sees_what_its_own_machine_allows
+        words = [word for word in self.program.words if word]
+        design = DESIGNS.index(NPT if npt else SHADOW)
+        draws = [("style", self.program.style), ("design", design), ("steps", len(words))]
+        draws += zip(NAMES, words, strict=False)
+        return make_case(claim.__name__, hypervisor, "oracles", self.what, draws)
 
 
 @dataclass
@@ -198,7 +227,8 @@ def judge(done: Program, results: Sequence[Result], tally: Tally, npt: bool) -> 
         try:
             ended = not _follow(machine, step, result, look, tally, npt)
         except (Departure, Told) as why:
-            tally.differences.append(Difference(done, number, str(why)))
+            of_memory = isinstance(why, Unfollowed)
+            tally.differences.append(Difference(done, number, str(why), of_memory=of_memory))
             return
         tally.steps += 1
         if ended:
@@ -210,7 +240,8 @@ def judge(done: Program, results: Sequence[Result], tally: Tally, npt: bool) -> 
             is_, was = held[number].get(word, 0), guest_.map.backing.get(word, 0)
             if is_ != was:
                 what = f"guest {number} holds {is_:#x} in word {word:#x} and not {was:#x}"
-                tally.differences.append(Difference(done, len(done.steps), what))
+                end = len(done.steps)
+                tally.differences.append(Difference(done, end, what, of_memory=True))
                 return
 
 
@@ -235,12 +266,16 @@ def _follow(
     return True
 
 
+class Unfollowed(Departure):
+    """A word of memory is not what the steps made of it."""
+
+
 def _require_followed(machine: Machine, result: Result) -> None:
-    """Each word that changed is as the machine has it. Raises `Departure`."""
+    """Each word that changed is as the machine has it. Raises `Unfollowed`."""
     for guest, word, value in result.changes:
         before = machine.guests[guest].map.backing.get(word, 0)
         if before != value:
-            raise Departure(f"guest {guest}: word {word:#x} became {value:#x}, from {before:#x}")
+            raise Unfollowed(f"guest {guest}: word {word:#x} became {value:#x}, from {before:#x}")
 
 
 @dataclass
@@ -307,6 +342,18 @@ class _Shown:
         slot = self.guest.map.slot_of(address >> 12)
         return slot is not None and not slot.readonly
 
+    def holding(self, part: Piece, value: Word, pas: Iterable[Word]) -> tuple[Word, Word] | None:
+        """The word, of those at these addresses, that was made to hold this part of a store."""
+        low = part.address & 7
+        bits = (1 << 8 * part.size) - 1 << 8 * low
+        for pa in pas:
+            address = pa & ~7
+            if self.is_writable(address):
+                word = self.guest.load(address) & ~bits | value << 8 * low
+                if self.look(self.step.guest, address) == word:
+                    return address, word
+        return None
+
     def adopt(self, flags: Word = ACCESSED) -> None:
         """Take over the flags of these that were found to be set on the way."""
         for address in self.entries():
@@ -354,25 +401,37 @@ def _marks_reserved(shown: _Shown) -> bool:
 
 def _remembers_device(shown: _Shown) -> bool:
     """A supervisor's store, with CR0.WP=0, went to the device where a load may go; it did not walk
-    for it, and set no dirty flag.
+    for it, and set no dirty flag. If it lies across two pages, the other part may be in memory.
     """
     seen, step, cpu = shown.seen(), shown.step, shown.processor.cpu
     if not isinstance(seen, Stored) or not isinstance(step, Store) or cpu.wp or step.access.user:
         return False
-    parts = pieces(step.access.address)
-    remembered = len(seen.devices) == len(parts) and all(
-        any(
-            isinstance(outcome, Translated)
-            and not shown.is_writable(outcome.pa)
-            and device == DeviceWrite(outcome.pa, part.size, step.value >> part.shift & bits)
-            for outcome in shown.outcomes_of(step.access._replace(write=0, address=part.address))
-        )
-        for device, part in zip(seen.devices, parts, strict=True)
-        for bits in [(1 << 8 * part.size) - 1]
-    )
-    if remembered:
-        shown.adopt(ACCESSED | DIRTY)  # of the other of two pages, which was walked for
-    return remembered
+    devices = list(seen.devices)
+    stored: dict[Word, Word] = {}
+    for part in pieces(step.access.address):
+        value = step.value >> part.shift & (1 << 8 * part.size) - 1
+        access = step.access._replace(address=part.address)
+        loaded = (o.pa for o in shown.outcomes_of(access._replace(write=0)) if _is_page(o))
+        beyond = {DeviceWrite(pa, part.size, value) for pa in loaded if not shown.is_writable(pa)}
+        if devices and devices[0] in beyond:
+            devices.pop(0)
+        else:
+            walked = [o.pa for o in shown.outcomes_of(access) if _is_page(o)]
+            found = shown.holding(part, value, walked)
+            if found is None:
+                return False
+            stored.update([found])
+    if devices or not seen.devices:
+        return False
+    shown.adopt(ACCESSED | DIRTY)  # of the other of two pages, which was walked for
+    for address, word in stored.items():
+        shown.guest.write(address, word)
+        shown.guest.wrote(address)
+    return True
+
+
+def _is_page(outcome: Outcome) -> TypeGuard[Translated]:
+    return isinstance(outcome, Translated)
 
 
 def _marks_page_0_dirty(shown: _Shown) -> bool:
@@ -426,20 +485,23 @@ def _shares_execute_disable(shown: _Shown) -> bool:
 
 
 def _stores_half(shown: _Shown) -> bool:
-    """A store across two pages was made in the first, though the second faulted."""
-    step, seen = shown.step, shown.seen()
+    """A store across two pages was made in the first, though the second faulted as is allowed."""
+    step, seen, guest = shown.step, shown.seen(), shown.guest
     if not isinstance(step, Store) or not isinstance(seen, Faulted):
         return False
     first, *others = pieces(step.access.address)
-    low = first.address & 7
-    for guest, word, value in shown.result.changes if others else ():
-        bytes_ = (1 << 8 * first.size) - 1 << 8 * low
-        before = shown.machine.guests[guest].map.backing.get(word, 0)
-        stored = before & ~bytes_ | step.value << 8 * low & bytes_
-        if guest == step.guest and word & 0x1FF == 0x1FF and value == stored:
-            shown.guest.write(next(iter(shown.guest.map.addresses(word))), value)
-            return True
-    return False
+    walked = [outcome.pa for outcome in shown.outcomes_of(step.access) if _is_page(outcome)]
+    found = shown.holding(first, step.value & (1 << 8 * first.size) - 1, walked)
+    if not others or found is None:
+        return False
+    address, word = found
+    before = guest.load(address)
+    guest.write(address, word)
+    if not shown.allows(seen):
+        guest.write(address, before)
+        return False
+    guest.wrote(address)
+    return True
 
 
 def _takes_table_for_page(shown: _Shown) -> bool:
@@ -485,14 +547,16 @@ def _fetches_from_device(shown: _Shown) -> bool:
 
 def _emulates_code(shown: _Shown) -> bool:
     """The code of a page was run by KVM's emulator, which did not know its last instruction: the
-    walk was through an entry that cannot be written, or may have gone to a device.
+    walk was through an entry that cannot be written, or a load from there may go to a device.
     """
     step, result = shown.step, shown.result
     if not isinstance(step, Load) or not k.was_emulated(step, result, k.STAMP_LENGTH):
         return False
+    # Where the device is was remembered from any access, of whatever rights.
     to_device = any(
         isinstance(outcome, Translated) and shown.guest.map.slot_of(outcome.pa >> 12) is None
-        for outcome in shown.outcomes()
+        for user in (0, 1)
+        for outcome in shown.outcomes_of(step.access._replace(fetch=0, user=user))
     )
     if not to_device and all(shown.is_writable(entry) for entry in shown.entries()):
         return False

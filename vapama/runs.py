@@ -167,6 +167,7 @@ def recorded(values: Mapping[str, int], name: DrawName, domain: Domain) -> int:
 
 
 OUTCOMES = frozenset(get_args(Outcome))
+Reference = Callable[..., Outcome]
 
 
 class SubjectRaised(BaseException):
@@ -191,12 +192,18 @@ class Guarded:
         self._translate: Any = getattr(subject, "translate", None)
         self._preload = self.capabilities.preload
         self._keep = hasattr(subject, "departure")
-        self.calls: list[tuple[Cpu, Memory, Access, Outcome]] = []
+        self.calls: list[tuple[Reference, tuple[Any, Any, Any], Outcome]] = []
+        """The reference of each call, what was asked, and the subject's outcome."""
 
     def lacks(self, invariant: Invariant) -> frozenset[str]:
         """What the invariant needs and the subject does not observe."""
         own = {TRANSLATE} if self._translate is not None else set()
         return invariant.needs - self.capabilities.observes - own
+
+    def reachable(self, invariant: Invariant) -> tuple[str, ...]:
+        """What runs of the invariant have to reach on this subject."""
+        unseen = self.capabilities.unseen
+        return tuple(label for label in invariant.reaches if label not in unseen)
 
     def __getattr__(self, name: str) -> Any:
         """A faculty of the subject, guarded: what `needs` of an invariant asks for."""
@@ -229,7 +236,7 @@ class Guarded:
         if type(outcome) not in OUTCOMES:
             raise SubjectRaised(f"nothing, but returned {outcome!r}, which is not an outcome"[:200])
         if self._keep:
-            self.calls.append((cpu, memory, access, outcome))
+            self.calls.append((translate, (cpu, memory, access), outcome))
         return outcome
 
     def translate_many(
@@ -251,6 +258,8 @@ class Guarded:
         outcome: Outcome = GuardedCall(self.subject.second_stage)(stage, memory, access)
         if type(outcome) not in OUTCOMES:
             raise SubjectRaised(f"nothing, but returned {outcome!r}, which is not an outcome"[:200])
+        if self._keep:
+            self.calls.append((second_stage.translate, (stage, memory, access), outcome))
         return outcome
 
     def second_stage_many(
@@ -287,13 +296,19 @@ class Guarded:
 
     def departure(self) -> str | None:
         """The known departure, by name, that a call of this run shows; None if there is none."""
-        for cpu, memory, access, observed in self.calls:
-            expected = translate(cpu, memory, access)
-            if not agree(expected, observed, memory, self.capabilities):
-                name: str | None = self.subject.departure(cpu, memory, access, expected, observed)
+        for reference, asked, observed in self.calls:
+            expected = reference(*asked)
+            if not agree(expected, observed, asked[1], self.capabilities):
+                name: str | None = self.subject.departure(*asked, expected, observed)
                 if name is not None:
                     return name
         return None
+
+    def departure_of_program(self) -> str | None:
+        """The known departure that the last program shows, of a subject that can tell."""
+        shown = getattr(self.subject, "departure_of_program", None)
+        name: str | None = shown() if shown is not None else None
+        return name
 
 
 class GuardedCall:
@@ -385,12 +400,16 @@ def attempt(invariant: Invariant, nondet: Concrete, subject: Guarded) -> Failure
     try:
         invariant.claim(nondet, subject)
     except AssertionError as error:
-        if subject._keep:
-            name = subject.departure()
-            if name is not None:
-                raise KnownDeparture(name) from None
+        name = subject.departure() if subject._keep else None
+        if name is None:
+            name = subject.departure_of_program()
+        if name is not None:
+            raise KnownDeparture(name) from None
         return Failure(_assertion(error))
     except SubjectRaised as error:
+        name = subject.departure_of_program()
+        if name is not None:
+            raise KnownDeparture(name) from None
         return Failure(f"the subject raised {error}")
     except SubjectHung as error:
         return Failure(str(error), hung=True)

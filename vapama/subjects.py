@@ -12,6 +12,9 @@ from vapama.case import BadInput
 from vapama.process import Process
 from vapama.runs import Guarded
 from vapama.spec import second_stage
+from vapama.spec.cpu import Cpu
+from vapama.spec.memory import Memory
+from vapama.spec.outcomes import Outcome
 from vapama.spec.paging import load_pdptes, translate
 from vapama.spec.subject import (
     ERROR_CODE,
@@ -85,9 +88,32 @@ def machine(name: str, options: Mapping[str, str]) -> Any:
         except ValueError:
             raise BadInput(f"--subject {name}: {option}={value}: give a number") from None
     try:
-        return getattr(importlib.import_module(module), name)(**given)
+        made = getattr(importlib.import_module(module), name)(**given)
     except CannotStart as error:
         raise BadInput(f"--subject {name}: {error}") from None
+    made.reference = _reference
+    return made
+
+
+def _reference(state: Any, memory: Memory, access: Any) -> Outcome:
+    """What the reference says of a walk of linear addresses, or of a second stage."""
+    by = translate if isinstance(state, Cpu) else second_stage.translate
+    outcome: Outcome = by(state, memory, access)
+    return outcome
+
+
+def hypervisor(name: str) -> Any:
+    """A hypervisor of `HYPERVISORS`. Raises `BadInput`."""
+    from vapama.oracles.emulator import CannotStart
+
+    try:
+        return importlib.import_module("vapama.kvm_programs").KvmPrograms(HYPERVISORS[name])
+    except CannotStart as error:
+        raise BadInput(f"--subject {name}: {error}") from None
+
+
+HYPERVISORS = {"kvm-shadow": False, "kvm-tdp": True}
+"""Hypervisors that run programs, by whether they use nested paging."""
 
 
 MACHINES: dict[str, tuple[str, dict[str, Callable[[str], Any]]]] = {
@@ -116,6 +142,7 @@ SHORT_NAMES: dict[str, Callable[[], Any]] = {
     "linux-hugetlb": lambda: _linux("hugetlb", "LinuxHugetlb"),
     "linux-thp": lambda: _linux("thp", "LinuxThp"),
     **{name: partial(machine, name, {}) for name in MACHINES},
+    **{name: partial(hypervisor, name) for name in HYPERVISORS},
     "kvm": _kvm,
 }
 

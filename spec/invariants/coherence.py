@@ -24,7 +24,7 @@ from vapama.spec.domains import Domain
 from vapama.spec.maps import Drawn
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.paging import ACCESSED, DIRTY, EXECUTE_DISABLE, FRAME, PRESENT, USER, WRITABLE
-from vapama.spec.subject import VMM
+from vapama.spec.subject import VIEW, VMM
 from vapama.spec.words import Condition, Word, low_bits
 
 SOURCE = "Linux, virt/kvm/x86/mmu.rst and virt/kvm/locking.rst; Intel SDM Vol. 3A, 4.10"
@@ -126,7 +126,7 @@ STEPS: dict[str, Callable[[State], Condition]] = {
 @invariant(
     source=SOURCE,
     reaches=tuple(STEPS),
-    needs=(VMM,),
+    needs=(VMM, VIEW),
     twin="the-host-remaps-before-the-flush",
     bound="entries of the last level, CR0.WP = 1",
     unsuited=SEARCHING,
@@ -147,7 +147,7 @@ def every_step_keeps_shadow_pages_coherent(nondet: Nondet, subject: Any) -> None
 @invariant(
     source="Intel SDM Vol. 3A, 4.10.4; Linux, virt/kvm/x86/mmu.rst",
     reaches=("unsync", "kept true", "direct"),
-    needs=(VMM,),
+    needs=(VMM, VIEW),
     twin="invlpg-does-not-compare-an-unsync-entry",
     bound="entries of the last level, CR0.WP = 1",
     unsuited=SEARCHING,

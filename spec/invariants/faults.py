@@ -42,7 +42,7 @@ from vapama.spec.steps import (
     Store,
     Stored,
 )
-from vapama.spec.subject import VMM
+from vapama.spec.subject import VIEW, VMM
 from vapama.spec.words import WORD, Condition, Word
 
 AT = 0x8000
@@ -101,7 +101,7 @@ def _plan(cpu: Cpu, level: int, entry: Word, leaf: int, design: str = SHADOW) ->
 @invariant(
     source="Linux, virt/kvm/x86/mmu.rst; Intel SDM Vol. 3A, 4.6 to 4.8",
     reaches=("translated", "page fault", "emulated", *CONTROLS),
-    needs=(VMM,),
+    needs=(VMM, VIEW),
     twin="the-dirty-flag-of-a-page-is-not-waited-for",
     bound="one access of a guest of four tables, one entry of which is any, at any level",
 )
@@ -139,7 +139,7 @@ def a_fault_fills_just_what_the_guest_gives(nondet: Nondet, subject: Any) -> Non
 @invariant(
     source="Linux, virt/kvm/x86/mmu.rst; Intel SDM Vol. 3C, 31.3; AMD APM Vol. 2, 15.25",
     reaches=("translated", "page fault", "emulated", EPT, NPT),
-    needs=(VMM,),
+    needs=(VMM, VIEW),
     twin="a-second-stage-lets-read-only-memory-be-written",
     bound="one access of a guest of four tables, one entry of which is any, at any level",
 )

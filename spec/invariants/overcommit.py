@@ -23,6 +23,7 @@ from vapama.spec.invariants.vmm import (
 from vapama.spec.machine import Machine
 from vapama.spec.nondet import Nondet, invariant
 from vapama.spec.steps import Log, Plan, Scan, Seen, Step, Store, Stored
+from vapama.spec.subject import OVERCOMMIT, VIEW, VMM
 from vapama.spec.words import Word
 
 STYLE = Domain(free=(1 << 46) - 1, scope=(0x8864,))
@@ -89,7 +90,7 @@ def _is_large(view: MachineView, design: str, page: Any) -> bool:
 @invariant(
     source=KSM_SOURCE,
     reaches=("shared by two guests", "a huge page", "compared"),
-    needs=("vmm",),
+    needs=(VMM, OVERCOMMIT, VIEW),
     twin="a-merged-page-is-written-in-place",
     searched=SEARCHED,
     unsuited=("exhaustive",),
@@ -111,7 +112,7 @@ def guests_whose_memory_is_shared_do_not_notice(nondet: Nondet, subject: Any) ->
 @invariant(
     source=LARGE_SOURCE,
     reaches=("shared by two guests", "a huge page", "mapped large", "a GByte mapped"),
-    needs=("vmm",),
+    needs=(VMM, OVERCOMMIT, VIEW),
     twin="a-slot-is-mapped-large-across-its-edges",
     searched=SEARCHED,
     unsuited=("exhaustive",),
@@ -134,7 +135,7 @@ def a_shared_frame_is_writable_nowhere_and_a_large_leaf_fits(nondet: Nondet, sub
 @invariant(
     source="Linux, Documentation/virt/kvm/api.rst, 4.8 (KVM_GET_DIRTY_LOG); " + LARGE_SOURCE,
     reaches=("a frame was written",),
-    needs=("vmm",),
+    needs=(VMM, OVERCOMMIT),
     twin="a-log-begins-with-large-pages",
     searched=SEARCHED,
     unsuited=("exhaustive",),
@@ -172,7 +173,7 @@ def _state(
 @invariant(
     source=LARGE_SOURCE,
     reaches=("shared by two guests", "a huge page", "mapped large", "a GByte mapped"),
-    needs=("vmm",),
+    needs=(VMM, OVERCOMMIT, VIEW),
     twin="a-collapse-leaves-what-maps-the-old-frames",
     searched=SEARCHED,
 )

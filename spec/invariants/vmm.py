@@ -28,6 +28,7 @@ from vapama.spec.steps import (
     Store,
     Stored,
 )
+from vapama.spec.subject import VIEW, VMM
 from vapama.spec.words import Word
 
 DESIGNS = (SHADOW, EPT, NPT)
@@ -54,18 +55,24 @@ def drawn_plan(nondet: Nondet) -> tuple[Word, Plan]:
     return style, programs.plan(style, nondet.one_of("design", DESIGNS))
 
 
+def machine_of(plan: Plan, hypervisor: Any) -> Machine:
+    """The machine that the guests of a hypervisor believe in."""
+    return Machine(getattr(hypervisor, "plan", plan))
+
+
 def program(
     nondet: Nondet, style: Word, plan: Plan, hypervisor: Any, *prelude: Step
 ) -> Iterator[Run]:
     """Draw a program and run it, each step judged by the machine that the guests believe in."""
-    machine = Machine(plan)
-    look = hypervisor.word
+    machine = machine_of(plan, hypervisor)
+    look, fit = hypervisor.word, getattr(hypervisor, "fit", None)
     for step in prelude:
         seen = hypervisor.do(step)
         machine.check(step, seen, look)
         yield machine, step, seen
     for number in range(nondet.word("steps", LENGTH)):
         step = programs.decode(nondet.word(NAMES[number], STEP), machine, style)
+        step = fit(step) if fit is not None else step
         seen = hypervisor.do(step)
         machine.check(step, seen, look)
         yield machine, step, seen
@@ -114,7 +121,7 @@ def harvest_logs(
         "non-canonical address",
         "table outside memory",
     ),
-    needs=("vmm",),
+    needs=(VMM,),
     twin="the-dirty-flag-of-a-page-is-not-waited-for",
     searched=SEARCHED,
     unsuited=("exhaustive",),
@@ -141,7 +148,7 @@ def each_guest_sees_what_its_own_machine_allows(nondet: Nondet, subject: Any) ->
 @invariant(
     source=SOURCE,
     reaches=("compared",),
-    needs=("vmm",),
+    needs=(VMM,),
     twin="a-swapped-page-keeps-its-old-copy",
     searched=SEARCHED,
     unsuited=("exhaustive",),
@@ -152,7 +159,7 @@ def no_guest_reaches_what_is_not_its_own(nondet: Nondet, subject: Any) -> None:
     """
     style, plan = drawn_plan(nondet)
     hypervisor = subject.vmm(plan)
-    machine = Machine(plan)
+    machine = machine_of(plan, hypervisor)
     for ran, _, _ in program(nondet, style, plan, hypervisor):
         machine = ran
     compare_memory(nondet, machine, hypervisor)
@@ -161,7 +168,7 @@ def no_guest_reaches_what_is_not_its_own(nondet: Nondet, subject: Any) -> None:
 @invariant(
     source=SOURCE,
     reaches=("audited",),
-    needs=("vmm",),
+    needs=(VMM, VIEW),
     twin="a-new-shadow-page-leaves-its-table-writable",
     searched=SEARCHED,
     unsuited=("exhaustive",),
@@ -182,7 +189,7 @@ def the_tables_satisfy_every_rule_after_every_step(nondet: Nondet, subject: Any)
 @invariant(
     source="Linux, Documentation/virt/kvm/api.rst, 4.8 (KVM_GET_DIRTY_LOG)",
     reaches=("a frame was written",),
-    needs=("vmm",),
+    needs=(VMM,),
     twin="a-harvested-page-is-not-watched-again",
     searched=SEARCHED,
     unsuited=("exhaustive",),
@@ -213,7 +220,7 @@ def _state(left: int, hypervisor: Any, machine: Machine) -> tuple[int, bytes, by
 @invariant(
     source=SOURCE,
     reaches=("audited",),
-    needs=("vmm",),
+    needs=(VMM, VIEW),
     twin="a-notifier-does-not-flush",
     searched=SEARCHED,
 )
