@@ -74,7 +74,9 @@ program all are."""
 ENTRANCE = 0x1A5
 """The entry of root tables that leads to them."""
 AGENT_BASE = 0xFFFF_0000_0000_0000 | ENTRANCE << 39
-AGENT_FRAME = 0x400
+AGENT_FRAME = 0x95A_5A80
+"""Where no program comes to: its addresses reach the first 16 MBytes of a page, and no more; the
+first 128 KBytes of one of 2 MBytes."""
 AGENT_MAIL = 6
 AGENT_PAGES = AGENT_MAIL + MOST_PROCESSORS
 CODE, DATA, USER_CODE, USER_DATA, TSS = 0x08, 0x10, 0x1B, 0x23, 0x200
@@ -332,6 +334,8 @@ DEPARTURES = {
     "retry_instruction",
     "execute-disable-is-not-reserved-once-shared": "SDM Vol. 3A, 4.4.2 and 4.5; Linux 6.1, "
     "arch/x86/kvm/mmu/mmu.c, kvm_init_shadow_mmu",
+    "memory-put-over-a-device-is-missed": "Linux 6.1, Documentation/virt/kvm/api.rst, 4.35; "
+    "arch/x86/kvm/mmu/mmu.c, sync_mmio_spte",
 }
 """The departures of KVM's shadow MMU from what the machine allows, with what decides."""
 DEPARTURES_OF_TDP = {

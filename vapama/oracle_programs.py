@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import TypeGuard
 
 import msgspec
 
@@ -58,9 +57,11 @@ from vapama.spec.steps import (
     Plan,
     Rest,
     Seen,
+    SetSlot,
     Step,
     Store,
     Stored,
+    device_word,
 )
 from vapama.spec.tlb import PATH, Processor
 from vapama.spec.words import Word
@@ -216,6 +217,7 @@ def judge(done: Program, results: Sequence[Result], tally: Tally, npt: bool) -> 
     machine = Machine(done.plan)
     held = [dict(guest.map.backing) for guest in machine.guests]
     left = iter(results[len(k.power_on(done.plan)) :])
+    put: dict[int, set[int]] = {number: set() for number in range(len(machine.guests))}
 
     def look(guest: int, address: Word) -> Word:
         return held[guest].get(machine.guests[guest].map.word_of(address), 0)
@@ -225,12 +227,14 @@ def judge(done: Program, results: Sequence[Result], tally: Tally, npt: bool) -> 
         for guest, word, value in result.changes:
             held[guest][word] = value
         try:
-            ended = not _follow(machine, step, result, look, tally, npt)
+            ended = not _follow(machine, step, result, look, tally, npt, put)
         except (Departure, Told) as why:
             of_memory = isinstance(why, Unfollowed)
             tally.differences.append(Difference(done, number, str(why), of_memory=of_memory))
             return
         tally.steps += 1
+        if isinstance(step, SetSlot) and step.slot is not None:
+            put[step.guest].update(range(step.slot.gfn, step.slot.gfn + step.slot.pages))
         if ended:
             return
     for guest, word, value in next(left).changes:
@@ -246,9 +250,17 @@ def judge(done: Program, results: Sequence[Result], tally: Tally, npt: bool) -> 
 
 
 def _follow(
-    machine: Machine, step: Step, result: Result, look: Look, tally: Tally, npt: bool
+    machine: Machine,
+    step: Step,
+    result: Result,
+    look: Look,
+    tally: Tally,
+    npt: bool,
+    put: dict[int, set[int]],
 ) -> bool:
-    """Judge a step and follow it; whether the program went on. Raises `Departure`, `Told`."""
+    """Judge a step and follow it; whether the program went on. `put` are the frames of each guest
+    that got memory since power-on. Raises `Departure`, `Told`.
+    """
     try:
         seen = k.seen(step, result)
         machine.check(step, seen, look)
@@ -257,8 +269,8 @@ def _follow(
         if not isinstance(step, Load | Store):
             raise
         for name, shows in DEPARTURES[npt].items():
-            if shows(_Shown(machine, step, result, look)):
-                _require_followed(machine, result)
+            shown = _Shown(machine, step, result, look, frozenset(put[step.guest]))
+            if shows(shown) and _is_followed(machine, result):
                 tally.known[name] += 1
                 return result.ended == k.DONE
         raise why
@@ -268,6 +280,14 @@ def _follow(
 
 class Unfollowed(Departure):
     """A word of memory is not what the steps made of it."""
+
+
+def _is_followed(machine: Machine, result: Result) -> bool:
+    try:
+        _require_followed(machine, result)
+    except Unfollowed:
+        return False
+    return True
 
 
 def _require_followed(machine: Machine, result: Result) -> None:
@@ -286,6 +306,8 @@ class _Shown:
     step: Load | Store
     result: Result
     look: Look
+    put: frozenset[int]
+    """Guest frames that got memory since power-on."""
 
     @property
     def guest(self) -> GuestMachine:
@@ -403,35 +425,73 @@ def _remembers_device(shown: _Shown) -> bool:
     """A supervisor's store, with CR0.WP=0, went to the device where a load may go; it did not walk
     for it, and set no dirty flag. If it lies across two pages, the other part may be in memory.
     """
-    seen, step, cpu = shown.seen(), shown.step, shown.processor.cpu
-    if not isinstance(seen, Stored) or not isinstance(step, Store) or cpu.wp or step.access.user:
+    step, cpu = shown.step, shown.processor.cpu
+    if not isinstance(step, Store) or cpu.wp or step.access.user:
         return False
-    devices = list(seen.devices)
-    stored: dict[Word, Word] = {}
+
+    def beyond(access: Access) -> Iterator[Word]:
+        for outcome in shown.outcomes_of(access._replace(write=0)):
+            if isinstance(outcome, Translated) and not shown.is_writable(outcome.pa):
+                yield outcome.pa
+
+    return _stored_beyond(shown, step, beyond)
+
+
+def _misses_memory(shown: _Shown) -> bool:
+    """It went to the device that was there before memory was put into a slot."""
+    step, seen = shown.step, shown.seen()
+
+    def beyond(access: Access) -> Iterator[Word]:
+        for outcome in shown.outcomes_of(access):
+            if isinstance(outcome, Translated) and outcome.pa >> 12 in shown.put:
+                yield outcome.pa
+
+    if isinstance(step, Store):
+        return _stored_beyond(shown, step, beyond)
+    values = {0: False}
+    """What the parts may have given, and whether one of them was the device's."""
+    for part in pieces(step.access.address):
+        access = step.access._replace(address=part.address)
+        given = [(load_bytes(device_word, pa, part.size), True) for pa in beyond(access)]
+        walked = (o.pa for o in shown.outcomes_of(access) if isinstance(o, Translated))
+        given += [(load_bytes(shown.guest.load, pa, part.size), False) for pa in walked]
+        values = {
+            whole | value << part.shift: by_device or by_devices
+            for whole, by_devices in values.items()
+            for value, by_device in reversed(given)
+        }
+    if not isinstance(seen, Loaded) or not values.get(seen.value, False):
+        return False
+    shown.adopt()
+    return True
+
+
+def _stored_beyond(shown: _Shown, step: Store, beyond: Callable[[Access], Iterable[Word]]) -> bool:
+    """Whether a store was made, with a part of it to a device at an address that is `beyond` what a
+    machine may use for an access to the part; then it is followed, with the flags that were set.
+    """
+    seen = shown.seen()
+    if not isinstance(seen, Stored) or not seen.devices:
+        return False
+    devices, stored = list(seen.devices), dict[Word, Word]()
     for part in pieces(step.access.address):
         value = step.value >> part.shift & (1 << 8 * part.size) - 1
         access = step.access._replace(address=part.address)
-        loaded = (o.pa for o in shown.outcomes_of(access._replace(write=0)) if _is_page(o))
-        beyond = {DeviceWrite(pa, part.size, value) for pa in loaded if not shown.is_writable(pa)}
-        if devices and devices[0] in beyond:
+        walked = [o.pa for o in shown.outcomes_of(access) if isinstance(o, Translated)]
+        places = {*beyond(access), *(pa for pa in walked if not shown.is_writable(pa))}
+        if devices and devices[0] in {DeviceWrite(pa, part.size, value) for pa in places}:
             devices.pop(0)
-        else:
-            walked = [o.pa for o in shown.outcomes_of(access) if _is_page(o)]
-            found = shown.holding(part, value, walked)
-            if found is None:
-                return False
+        elif found := shown.holding(part, value, walked):
             stored.update([found])
-    if devices or not seen.devices:
+        else:
+            return False
+    if devices:
         return False
-    shown.adopt(ACCESSED | DIRTY)  # of the other of two pages, which was walked for
+    shown.adopt(ACCESSED | DIRTY)
     for address, word in stored.items():
         shown.guest.write(address, word)
         shown.guest.wrote(address)
     return True
-
-
-def _is_page(outcome: Outcome) -> TypeGuard[Translated]:
-    return isinstance(outcome, Translated)
 
 
 def _marks_page_0_dirty(shown: _Shown) -> bool:
@@ -490,7 +550,7 @@ def _stores_half(shown: _Shown) -> bool:
     if not isinstance(step, Store) or not isinstance(seen, Faulted):
         return False
     first, *others = pieces(step.access.address)
-    walked = [outcome.pa for outcome in shown.outcomes_of(step.access) if _is_page(outcome)]
+    walked = [o.pa for o in shown.outcomes_of(step.access) if isinstance(o, Translated)]
     found = shown.holding(first, step.value & (1 << 8 * first.size) - 1, walked)
     if not others or found is None:
         return False
@@ -554,7 +614,8 @@ def _emulates_code(shown: _Shown) -> bool:
         return False
     # Where the device is was remembered from any access, of whatever rights.
     to_device = any(
-        isinstance(outcome, Translated) and shown.guest.map.slot_of(outcome.pa >> 12) is None
+        isinstance(outcome, Translated)
+        and (shown.guest.map.slot_of(outcome.pa >> 12) is None or outcome.pa >> 12 in shown.put)
         for user in (0, 1)
         for outcome in shown.outcomes_of(step.access._replace(fetch=0, user=user))
     )
@@ -579,6 +640,7 @@ DEPARTURES: dict[bool, dict[str, Callable[[_Shown], bool]]] = {
         "store-to-a-device-is-not-walked-for": _remembers_device,
         "load-from-a-device-in-page-0-sets-dirty": _marks_page_0_dirty,
         "execute-disable-is-not-reserved-once-shared": _shares_execute_disable,
+        "memory-put-over-a-device-is-missed": _misses_memory,
     },
     True: {
         **BOTH,

@@ -207,6 +207,14 @@ SHOWN: dict[str, tuple[Step, ...]] = {
         load(0x9000),
         Load(0, 1, Access(0x9008, user=1)),
     ),
+    "memory-put-over-a-device-is-missed": (
+        SetSlot(0, 2, None),
+        load(0x819028),
+        Store(0, 1, Access(0x4040E8, 1), 7 << 12 | programs.OPEN),  # the table is not in sync
+        SetSlot(0, 2, programs.ROM),
+        load(0x8000),  # and now it is
+        load(0x19018),
+    ),
     "code-in-a-device-is-not-emulated": (load(0x1E800, fetch=1),),
     "store-across-pages-is-half-made": (
         load(0x3000),
