@@ -7,6 +7,7 @@ Read beside the Intel SDM Vol. 3C, "VMX Support for Address Translation": 31.3.2
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from vapama.spec.access import GuestPhysicalAccess
 from vapama.spec.memory import PAGE_BYTES, Memory
@@ -18,9 +19,9 @@ from vapama.spec.outcomes import (
     Translated,
     Update,
 )
-from vapama.spec.paging import FRAME, Mapping, Step, address_width, entry_address, page_offset
+from vapama.spec.paging import FRAME, Mapping, Step, address_width, entry_address
 from vapama.spec.stage import Ept
-from vapama.spec.words import Condition, Flag, Word, bit
+from vapama.spec.words import Condition, Flag, Word, bit, low_bits
 
 # Bits of an EPT paging-structure entry (SDM Vol. 3C, tables 31-1 to 31-7).
 READ, WRITE, EXECUTE = 1 << 0, 1 << 1, 1 << 2
@@ -36,6 +37,32 @@ USER_LINEAR, WRITABLE_PAGE, NO_EXECUTE_PAGE = 1 << 9, 1 << 10, 1 << 11
 NMI_UNBLOCKING, SHADOW_STACK_ACCESS, SHADOW_STACK_PAGE = 1 << 12, 1 << 13, 1 << 14
 
 
+class Level(NamedTuple):
+    """A level of EPT paging structures: EPT PTEs are at 1, EPT PDEs at 2, and so on up.
+
+    A page mapped here leaves the low `shift` bits of an address alone; the 9 from there up select
+    the entry. An entry maps a page if the bit `large` is 1 in it, and at level 1 always. The bits
+    `in_table` must be 0 in an entry that references a table, `in_page` in one that maps a page.
+    """
+
+    number: int
+    shift: int
+    large: Word = 0
+    in_table: Word = 0
+    in_page: Word = 0
+
+
+TYPE = MEMORY_TYPE | IGNORE_PAT
+LEVELS = (
+    Level(5, 48, in_table=PAGE_SIZE | TYPE),
+    Level(4, 39, in_table=PAGE_SIZE | TYPE),
+    Level(3, 30, PAGE_SIZE, in_table=TYPE, in_page=low_bits(30) & FRAME),
+    Level(2, 21, PAGE_SIZE, in_table=TYPE, in_page=low_bits(21) & FRAME),
+    Level(1, 12),
+)
+"""Source: SDM Vol. 3C, tables 31-1 to 31-7."""
+
+
 def translate(ept: Ept, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
     """The outcome of `access` by a fresh walk of the EPT structures. Source: 31.3.2, 31.3.3.3."""
     # WIDTH
@@ -44,49 +71,57 @@ def translate(ept: Ept, memory: Memory, access: GuestPhysicalAccess) -> Outcome:
         return violation(ept, access)
 
     # WALK
-    table, rights, present = ept.eptp & FRAME, RIGHTS, present_bits(ept)
-    used: tuple[Update, ...] = ()
-    for level in range(levels, 0, -1):
-        address = entry_address(table, gpa, level)
+    table, rights = ept.eptp & FRAME, RIGHTS
+    present, reserved, unreadable = present_bits(ept), reserved_anywhere(ept), needs_read(ept)
+    used: tuple[Word, ...] = ()
+    for level in LEVELS[-levels:]:
+        number, shift, large, in_table, _ = level
+        address = table | (gpa >> shift & 0x1FF) << 3
         if address >= memory.limit:
             return OutsideMemory(address, flags(ept, used))
         entry = memory.load(address)
         if entry & present == 0:
             return violation(ept, access, used)
-        if is_misconfigured(ept, entry, level):
+        page = number == 1 or entry & large != 0
+        must_be_zero = reserved | (reserved_in_page(ept, level) if page else in_table)
+        if is_unsupported(entry, page, must_be_zero, unreadable):
             return EptMisconfiguration(gpa, flags(ept, used))
         rights = rights & entry
-        if maps_a_page(entry, level):
+        used = (*used, address)
+        if page:
             break
-        used = (*used, Update(address, ACCESSED))
         table = entry & FRAME
 
     # RIGHTS
     if is_denied(ept, access, rights):
-        used = (*used, Update(address, ACCESSED))
         return violation(ept, access, used, rights)
 
     # TRANSLATION
-    offset = page_offset(level)
-    page = entry & FRAME & ~offset
-    leaf = Update(address, ACCESSED | writes(ept, access) * DIRTY)
-    return Translated(page | gpa & offset, level, flags(ept, (*used, leaf)))
+    offset = low_bits(shift)
+    frame = entry & FRAME & ~offset
+    return Translated(frame | gpa & offset, number, flags(ept, used, writes(ept, access)))
 
 
 def violation(
-    ept: Ept, access: GuestPhysicalAccess, used: tuple[Update, ...] = (), rights: Word = 0
+    ept: Ept, access: GuestPhysicalAccess, used: tuple[Word, ...] = (), rights: Word = 0
 ) -> EptViolation:
-    """The violation of an access that used these entries; `rights` are the AND of them, 0 if one
-    was not present.
+    """The violation of an access that used the entries at these addresses; `rights` are the AND of
+    them, 0 if one was not present.
     """
     qualification = description(ept, access) | described_rights(ept, rights)
     undefined = undefined_bits(ept, access)
     return EptViolation(qualification, access.address, flags(ept, used), undefined)
 
 
-def flags(ept: Ept, used: tuple[Update, ...]) -> tuple[Update, ...]:
-    """The flags set in the entries used: none unless EPTP bit 6 enables them. Source: 31.3.5."""
-    return used if ept.ad else ()
+def flags(ept: Ept, used: tuple[Word, ...], write: Flag = 0) -> tuple[Update, ...]:
+    """The flags set in the entries at these addresses, for a write in the last the dirty flag too;
+    none unless EPTP bit 6 enables them. Source: 31.3.5.
+    """
+    if ept.ad == 0 or not used:
+        return ()
+    *above, last = used
+    leaf = Update(last, ACCESSED | write * DIRTY)
+    return (*[Update(address, ACCESSED) for address in above], leaf)
 
 
 def present_bits(ept: Ept) -> Word:
@@ -97,51 +132,59 @@ def present_bits(ept: Ept) -> Word:
     return READ | WRITE | EXECUTE | ept.mbec * USER_EXECUTE
 
 
+def needs_read(ept: Ept) -> Word:
+    """The rights that no entry gives without that to read. Source: 31.3.3.1.
+
+    W; and where execute-only entries do not exist X, and with mode-based execute control bit 10.
+    """
+    return WRITE | (ept.execute_only ^ 1) * (EXECUTE | ept.mbec * USER_EXECUTE)
+
+
 def maps_a_page(entry: Word, level: int) -> Condition:
     """Whether a present entry maps a page rather than referencing another structure.
 
     A PTE always does, a PDE and a PDPTE if bit 7 is 1; a PML4E and a PML5E never do.
     """
-    if level == 1:
-        return True
-    if level <= 3:
-        return entry & PAGE_SIZE != 0
-    return False
+    return level == 1 or entry & LEVELS[-level].large != 0
 
 
 def is_misconfigured(ept: Ept, entry: Word, level: int) -> Condition:
     """Whether a present entry has an unsupported value. Source: 31.3.3.1."""
-    wrong = (rights_conflict(ept, entry) != 0) | (entry & reserved(ept, entry, level) != 0)
+    page = maps_a_page(entry, level)
+    return is_unsupported(entry, page, reserved_at(ept, entry, level), needs_read(ept))
+
+
+def is_unsupported(entry: Word, page: Condition, must_be_zero: Word, unreadable: Word) -> Condition:
+    """The same by the bits that must be 0 in it, and those that must be if it forbids reads; what
+    maps a page needs a memory type that there is.
+    """
+    wrong = entry & must_be_zero != 0
+    wrong = wrong | (entry & READ == 0) & (entry & unreadable != 0)
+    return wrong | is_reserved_type(entry >> 3 & 7) if page else wrong
+
+
+def reserved_at(ept: Ept, entry: Word, level: int) -> Word:
+    """The bits that must be 0 in a present entry of this level. Source: tables 31-1 to 31-7."""
+    this = LEVELS[-level]
     if maps_a_page(entry, level):
-        return wrong | is_reserved_type(entry >> 3 & 7)
-    return wrong
+        return reserved_anywhere(ept) | reserved_in_page(ept, this)
+    return reserved_anywhere(ept) | this.in_table
 
 
-def rights_conflict(ept: Ept, entry: Word) -> Flag:
-    """1 if an entry forbids reads and yet allows writes, or fetches where execute-only entries do
-    not exist. Source: 31.3.3.1.
+def reserved_anywhere(ept: Ept) -> Word:
+    """The bits that must be 0 in a present entry of any level: 51:MAXPHYADDR."""
+    return (1 << 52) - (1 << ept.maxphyaddr)
+
+
+def reserved_in_page(ept: Ept, level: Level) -> Word:
+    """The further bits that must be 0 in an entry of this level if it maps a page: those below the
+    frame of a large page, and bit 7 where there is no page of this size.
     """
-    unreadable, writable = entry & 1 ^ 1, entry >> 1 & 1
-    executable = entry >> 2 & 1 | ept.mbec & entry >> 10
-    return unreadable & (writable | executable & (ept.execute_only ^ 1))
-
-
-def reserved(ept: Ept, entry: Word, level: int) -> Word:
-    """The bits that must be 0 in a present entry of this level. Source: tables 31-1 to 31-7.
-
-    Bits 51:MAXPHYADDR always. Bits 7:3 of a PML5E and a PML4E; bits 6:3 of a PDPTE and a PDE that
-    reference a table; the bits below the frame of a large page, and bit 7 where there is no page of
-    this size.
-    """
-    always = (1 << 52) - (1 << ept.maxphyaddr)
-    if level >= 4:
-        return always | PAGE_SIZE | IGNORE_PAT | MEMORY_TYPE
-    if level == 1:
-        return always
-    if entry & PAGE_SIZE == 0:
-        return always | IGNORE_PAT | MEMORY_TYPE
-    exists = ept.page2mb if level == 2 else ept.page1gb
-    return always | page_offset(level) & FRAME | (exists ^ 1) * PAGE_SIZE
+    if level.number == 3:
+        return level.in_page | (ept.page1gb ^ 1) * PAGE_SIZE
+    if level.number == 2:
+        return level.in_page | (ept.page2mb ^ 1) * PAGE_SIZE
+    return level.in_page
 
 
 def is_reserved_type(memory_type: Word) -> Condition:
@@ -182,13 +225,13 @@ def description(ept: Ept, access: GuestPhysicalAccess) -> Word:
     write). Bit 7: there is a linear address; bit 8: the access is to its translation, not to a
     table. Bits 11:9, with advanced information: what the guest's paging says. Bit 13: shadow stack.
     """
+    as_write = is_table_write(ept, access)
     final = access.linear & (access.table ^ 1)
     read = (access.write | access.fetch) ^ 1
     told = final & ept.advanced
     return (
-        read * DATA_READ
-        | writes(ept, access) * DATA_WRITE
-        | is_table_write(ept, access) * DATA_READ
+        (read | as_write) * DATA_READ
+        | (access.write | as_write) * DATA_WRITE
         | access.fetch * FETCH
         | access.linear * LINEAR_VALID
         | final * TRANSLATION

@@ -8,7 +8,6 @@ CR3, each entry, and at last the page itself are guest-physical addresses, which
 `spec.npt` translates.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from vapama.spec import modes, paging, second_stage
@@ -45,7 +44,7 @@ def translate(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Outcome
     try:
         outcome = paging.translate(cpu, guest, access)
     except Stopped as stopped:
-        return stopped.outcome
+        return stopped_by(stopped.outcome, guest.flags + passed(cpu, guest, access))
     entries = entries_with_flags(cpu, guest)
     if isinstance(outcome, PageFault):
         may_update = guest.flags + in_host(entries, outcome.may_update)
@@ -69,7 +68,9 @@ def translate(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> Outcome
 
 
 class Stopped(Exception):
-    """The guest's walk ends because a table of its own cannot be accessed."""
+    """The guest's walk ends because a table of its own cannot be accessed, with the outcome of the
+    second stage's walk for it.
+    """
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__()
@@ -103,10 +104,10 @@ class GuestMemory:
         access = access_to_table(address, linear=self.linear)
         outcome = second_stage.translate(self.stage, self.memory, access)
         if not isinstance(outcome, Translated):
-            raise Stopped(stopped_by(outcome, self.flags))
+            raise Stopped(outcome)
         self.flags = self.flags + outcome.updates
         if outcome.pa >= self.memory.limit:
-            raise Stopped(OutsideMemory(outcome.pa, self.flags))
+            raise Stopped(OutsideMemory(outcome.pa))
         entry = self.memory.load(outcome.pa)
         self.loads.append(Load(address, outcome.pa, entry))
         return entry
@@ -114,7 +115,7 @@ class GuestMemory:
 
 def access_to_table(gpa: Word, write: Flag = 0, linear: Flag = 1) -> GuestPhysicalAccess:
     """The access to an entry of the guest's tables: a read, or the update of its flags."""
-    return GuestPhysicalAccess(gpa, write=write, table=1, linear=linear, writable=0)
+    return GuestPhysicalAccess(gpa, write, table=1, linear=linear, writable=0)
 
 
 def entries_with_flags(cpu: Cpu, guest: GuestMemory) -> list[Load]:
@@ -123,6 +124,21 @@ def entries_with_flags(cpu: Cpu, guest: GuestMemory) -> list[Load]:
     """
     from_memory = cpu.mode is modes.PAE and cpu.pdptes is None
     return guest.loads[1:] if from_memory else guest.loads
+
+
+def passed(cpu: Cpu, guest: GuestMemory, access: Access) -> tuple[Update, ...]:
+    """The accessed flags of the guest's entries that a walk has read, as updates of the host's
+    memory. If the walk is stopped after them, they may be set.
+
+    A processor marks an entry that it uses in translation. Whether one that translates addresses
+    until an exit has used what led it there is as open as with a page fault. Source: SDM Vol. 3A,
+    4.8 (when flags are set), and 4.10.2.3 (accessed flags of walks that come to no access).
+    """
+    mode, address = cpu.mode, paging.linear_address(cpu, cpu.mode, access)
+    return tuple(
+        Update(load.pa, paging.accessed_flag(mode, level, address))
+        for load, level in zip(entries_with_flags(cpu, guest), mode.levels, strict=False)
+    )
 
 
 def in_host(entries: list[Load], updates: tuple[Update, ...]) -> tuple[Update, ...]:
@@ -191,7 +207,8 @@ def stopped_by(outcome: Outcome, flags: tuple[Update, ...]) -> Outcome:
     before, by it or on the way to it, may be set.
     """
     assert isinstance(outcome, EptViolation | EptMisconfiguration | NestedPageFault | OutsideMemory)
-    return replace(outcome, may_update=flags + outcome.may_update)
+    outcome.may_update = flags + outcome.may_update
+    return outcome
 
 
 def allowed(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> tuple[Outcome, ...]:
@@ -206,6 +223,7 @@ def allowed(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> tuple[Out
     if not flags_are_written_apart(stage):
         return tuple(outcomes)
     guest = GuestMemory(stage, memory)
+    final: Outcome | None = None
     updates: tuple[Update, ...] | None = None
     try:
         first = paging.translate(cpu, guest, access)
@@ -213,20 +231,19 @@ def allowed(cpu: Cpu, stage: Stage, memory: Memory, access: Access) -> tuple[Out
             updates = first.may_update
         elif isinstance(first, Translated):
             updates = first.updates
-            final = second_stage.translate(
-                stage, memory, access_to_page(cpu, guest, access, first.pa)
-            )
-            if not isinstance(final, Translated):
-                outcomes.append(stopped_by(final, guest.flags))
+            page = access_to_page(cpu, guest, access, first.pa)
+            final = second_stage.translate(stage, memory, page)
     except Stopped:
         pass
+    marked = passed(cpu, guest, access)
+    flags = guest.flags + marked
+    if final is not None and not isinstance(final, Translated):
+        outcomes.append(stopped_by(final, flags))
     entries = entries_with_flags(cpu, guest)
-    if updates is None:
-        updates = tuple(Update(load.gpa, paging.ACCESSED) for load in entries)
-    for load, update in zip(entries, updates, strict=False):
+    for load, update in zip(entries, marked if updates is None else updates, strict=False):
         written = write_back(stage, memory, load, update)
         if not isinstance(written, Translated):
-            outcomes.append(stopped_by(written, guest.flags))
+            outcomes.append(stopped_by(written, flags))
     return tuple(outcomes)
 
 
@@ -243,7 +260,7 @@ def load_pdptes(
     try:
         return paging.load_pdptes(cpu, guest)
     except Stopped as stopped:
-        return stopped.outcome
+        return stopped_by(stopped.outcome, guest.flags)
 
 
 def most_loads(guest_levels: int, host_levels: int) -> int:

@@ -220,6 +220,13 @@ def update_half(where: Word, bits: Word) -> Update:
     return Update(where & ~low_bits(3), bits << 32 * bit(where, 2))
 
 
+def accessed_flag(mode: Mode, level: Level, address: Word) -> Word:
+    """The accessed flag of the entry for an address, as a bit of the 8 bytes that hold it."""
+    if mode.scale == 2:
+        return ACCESSED << 32 * bit(address, level.shift)
+    return ACCESSED
+
+
 def by_entries(mode: Mode, memory: Memory) -> Memory:
     """Memory that loads the entries of a mode."""
     return Halves(memory) if mode.scale == 2 else memory

@@ -24,7 +24,7 @@ from vapama.spec.cpu import (
     ImpossibleState,
     UnsupportedMode,
 )
-from vapama.spec.words import Condition, Flag, Word, bit, ite, low_bits
+from vapama.spec.words import Condition, Flag, Word, ite, low_bits
 
 # IA32_VMX_EPT_VPID_CAP (SDM Vol. 3D, A.10), as far as a walk depends on it.
 EXECUTE_ONLY, WALK_4, WALK_5 = 1 << 0, 1 << 6, 1 << 7
@@ -85,32 +85,32 @@ class Ept(EptRegisters):
     @property
     def levels(self) -> int:
         """The EPT page-walk length: bits 5:3 of EPTP are one less."""
-        return 5 if bit(self.eptp, 5) else 4
+        return 5 if self.eptp >> 5 & 1 else 4
 
     @property
     def ad(self) -> Flag:
         """EPTP bit 6: accessed and dirty flags for EPT."""
-        return bit(self.eptp, 6)
+        return self.eptp >> 6 & 1
 
     @property
     def execute_only(self) -> Flag:
         """Entries that allow fetches and no reads exist."""
-        return bit(self.capabilities, 0)
+        return self.capabilities & 1
 
     @property
     def page2mb(self) -> Flag:
         """2-MByte pages exist."""
-        return bit(self.capabilities, 16)
+        return self.capabilities >> 16 & 1
 
     @property
     def page1gb(self) -> Flag:
         """1-GByte pages exist."""
-        return bit(self.capabilities, 17)
+        return self.capabilities >> 17 & 1
 
     @property
     def advanced(self) -> Flag:
         """EPT violations come with advanced VM-exit information."""
-        return bit(self.capabilities, 22)
+        return self.capabilities >> 22 & 1
 
 
 class NptRegisters(NamedTuple):
@@ -162,12 +162,12 @@ class Npt(NptRegisters):
     @property
     def nxe(self) -> Flag:
         """The host's EFER.NXE: bit 63 of an 8-byte entry forbids execution, else it is reserved."""
-        return bit(self.efer, 11)
+        return self.efer >> 11 & 1
 
     @property
     def pse(self) -> Flag:
         """The host's CR4.PSE: 4-MByte pages exist in 32-bit paging."""
-        return bit(self.cr4, 4)
+        return self.cr4 >> 4 & 1
 
 
 Stage: TypeAlias = Ept | Npt

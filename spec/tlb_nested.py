@@ -267,7 +267,8 @@ class _StaleGuest(nested.GuestMemory):
         try:
             return self._translate(cpu, access)
         except nested.Stopped as stopped:
-            return stopped.outcome
+            flags = self.flags + nested.passed(cpu, self, access)
+            return nested.stopped_by(replace(stopped.outcome), flags)
         except _NoSuchWalk:
             return None
 
@@ -295,7 +296,7 @@ class _StaleGuest(nested.GuestMemory):
                 if update.bits & ~load.entry != 0:
                     written = self._second_stage(nested.access_to_table(load.gpa, write=1))
                     if not isinstance(written, Translated):
-                        return nested.stopped_by(written, flags)
+                        return nested.stopped_by(replace(written), flags)
                     if written.pa != load.pa:
                         return None
 
@@ -303,16 +304,16 @@ class _StaleGuest(nested.GuestMemory):
         final = self._second_stage(nested.access_to_page(cpu, self, access, outcome.pa))
         if isinstance(final, Translated):
             return Translated(final.pa, outcome.level, flags + final.updates)
-        return nested.stopped_by(final, flags)
+        return nested.stopped_by(replace(final), flags)
 
     def load(self, address: Word) -> Word:
         """One of the values that the entry at a guest-physical address may be taken to have."""
         outcome = self._second_stage(nested.access_to_table(address))
         if not isinstance(outcome, Translated):
-            raise nested.Stopped(nested.stopped_by(outcome, self.flags))
+            raise nested.Stopped(outcome)
         self.flags = self.flags + outcome.updates
         if outcome.pa >= self.memory.limit:
-            raise nested.Stopped(OutsideMemory(outcome.pa, self.flags))
+            raise nested.Stopped(OutsideMemory(outcome.pa))
         since, needed = max(self.since_combined, self.processor.since_flush()), PRESENT | ACCESSED
         options = _values(self.history, outcome.pa, since, lambda v: v & needed == needed)
         entry, self.fresh = self.choices.of(options)

@@ -241,9 +241,9 @@ def _describe_ept_step(stage: Ept, gpa: int, step: paging.Step) -> str:
     text = f"{STRUCTURES[level]:<5}[{index:>3}] at {address:#x} = {entry:#018x}  {bits}"
     if not entry & ept.present_bits(stage):
         return text + "  <- not present: stops here"
-    if ept.rights_conflict(stage, entry):
+    if not entry & ept.READ and entry & ept.needs_read(stage):
         return text + "  <- rights that no entry may have: stops here"
-    if reserved := entry & ept.reserved(stage, entry, level):
+    if reserved := entry & ept.reserved_at(stage, entry, level):
         return text + f"  <- reserved bits {reserved:#x} are set: stops here"
     if not ept.maps_a_page(entry, level):
         return text + f"  -> table at {entry & paging.FRAME:#x}"

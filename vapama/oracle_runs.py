@@ -33,8 +33,6 @@ from vapama.spec.domains import Domain
 from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import LONG_MODE, NO_PAGING, PAE_PAGING, PAGING_32, ControlStates
 from vapama.spec.outcomes import (
-    EptMisconfiguration,
-    EptViolation,
     I,
     NestedPageFault,
     NonCanonical,
@@ -42,11 +40,10 @@ from vapama.spec.outcomes import (
     OutsideMemory,
     Translated,
     U,
-    Update,
     W,
     kind,
 )
-from vapama.spec.paging import ACCESSED, PAGE_SIZE, translate
+from vapama.spec.paging import PAGE_SIZE, translate
 from vapama.spec.stage import Ept, Stage
 from vapama.spec.subject import SECOND_STAGE, NotCovered, agree
 from vapama.spec.words import Word
@@ -226,10 +223,7 @@ def _nested_walk(narrow: dict[str, Domain], random: Random, subject: BareMetal) 
     access = nondet.access()
     access = access._replace(address=access.address & ~7 | 7 * access.write)
     watched = Watched(_with_a_root(cpu, stage, lazy))
-    expected = [
-        _with_guests_flags(cpu, stage, watched, access, outcome)
-        for outcome in nested.allowed(cpu, stage, watched, access)
-    ]
+    expected = nested.allowed(cpu, stage, watched, access)
     memory = Sparse({a: watched.memory.load(a) for a in watched.loads}, lazy.limit)
     for outcome in expected:
         _require_an_end(outcome, access.fetch)
@@ -255,10 +249,8 @@ def _nested_walk(narrow: dict[str, Domain], random: Random, subject: BareMetal) 
         lambda result: two_stages.observed(asked, result, access, memory),
         8,
         described(cpu, access),
-        lambda other: _with_guests_flags(
-            cpu, stage, other, access, nested.translate(cpu, stage, other, access)
-        ),
-        others=tuple(expected[1:]),
+        lambda other: nested.translate(cpu, stage, other, access),
+        others=expected[1:],
         stage=stage,
         departing=_without_write_back(cpu, stage, memory, access),
     )
@@ -295,22 +287,6 @@ def _with_a_root(cpu: Cpu, stage: Stage, memory: Memory) -> Memory:
             rights |= EPT_WRITE_BACK
         mended.entries[last] = mended.load(last) & 0xF000 | rights
     return mended
-
-
-def _with_guests_flags(
-    cpu: Cpu, stage: Stage, memory: Memory, access: Access, outcome: Outcome
-) -> Outcome:
-    """The outcome, with the accessed flags of the guest's own entries too that it read before an
-    exit: when they are set is open (see `nested.allowed`), so they may be.
-    """
-    exits = EptViolation | EptMisconfiguration | NestedPageFault | OutsideMemory
-    if not isinstance(outcome, exits):
-        return outcome
-    guest = nested.GuestMemory(stage, memory)
-    with contextlib.suppress(nested.Stopped):
-        translate(cpu, guest, access)
-    flags = tuple(Update(load.pa, ACCESSED) for load in guest.loads)
-    return replace(outcome, may_update=outcome.may_update + flags)
 
 
 def _require_apart(

@@ -22,7 +22,7 @@ from vapama.spec.ept import (
     maps_a_page,
     path,
     present_bits,
-    reserved,
+    reserved_at,
     translate,
 )
 from vapama.spec.memory import Altered, Marked, Watched
@@ -185,7 +185,7 @@ def a_reserved_bit_of_an_ept_entry_is_a_misconfiguration(nondet: Nondet, subject
     _misconfigures(
         nondet,
         subject,
-        lambda ept, step: step.entry & reserved(ept, step.entry, step.level) != 0,
+        lambda ept, step: step.entry & reserved_at(ept, step.entry, step.level) != 0,
     )
 
 

@@ -58,8 +58,8 @@ def kind_of(state: Cpu | Stage, level: int, entry: int) -> set[int]:
     if isinstance(state, Ept):
         present = entry & ept.present_bits(state)
         page = ept.maps_a_page(entry, level)
-        bad = entry & ept.reserved(state, entry, level)
-        conflict = ept.rights_conflict(state, entry)
+        bad = entry & ept.reserved_at(state, entry, level)
+        conflict = not entry & ept.READ and entry & ept.needs_read(state)
         if present and (conflict or (page and ept.is_reserved_type(entry >> 3 & 7))):
             return {MISCONFIGURED}
     elif isinstance(state, Npt):

@@ -1,13 +1,16 @@
 """The two-dimensional walk, by example: cost, order of faults, flags."""
 
+from dataclasses import replace
+
 from vapama.spec import paging
 from vapama.spec.access import Access
 from vapama.spec.cpu import LMA, LME, PAE, PE, PG, Cpu
 from vapama.spec.ept import DATA_READ, DATA_WRITE, LINEAR_VALID, TRANSLATION
 from vapama.spec.memory import Sparse, Watched
 from vapama.spec.nested import allowed, load_pdptes, most_loads, translate
-from vapama.spec.outcomes import EptViolation, Outcome, PageFault, Translated
+from vapama.spec.outcomes import EptViolation, Outcome, PageFault, Translated, Update
 from vapama.spec.stage import Ept
+from vapama.spec.subject import EFFECTS, Capabilities, agree
 
 VA, PAGE = 0x1000, 0x7000
 CPU = Cpu(cr0=PG | PE, cr3=0x1000, cr4=PAE, efer=LME | LMA)
@@ -96,6 +99,34 @@ def test_the_guests_flags_are_set_in_the_hosts_memory() -> None:
     set_there = {update.address: update.bits for update in outcome.updates}
     assert set_there[HOST + 0x1000] == paging.ACCESSED
     assert set_there[HOST + 0x4008] == paging.ACCESSED | paging.DIRTY
+
+
+def test_before_an_exit_the_flags_of_entries_that_led_to_it_may_be_set() -> None:
+    # Of the guest's tables at 0x1000 to 0x4000 the last is out of reach.
+    memory = machine(guest=0x07, **{hex(0x4000 + 4 * 8): 0})
+    outcome = walk(PLAIN, memory)
+    assert isinstance(outcome, EptViolation)
+    assert outcome.gpa == 0x4008
+    tables = [HOST + gpa for gpa in (0x1000, 0x2000, 0x3000)]
+    assert outcome.may_update == tuple(Update(table, paging.ACCESSED) for table in tables)
+
+    def is_right(*updates: Update) -> bool:
+        observed = replace(outcome, may_update=updates)
+        return bool(agree(outcome, observed, memory, Capabilities(frozenset({EFFECTS}))))
+
+    assert is_right()
+    assert is_right(Update(tables[1], paging.ACCESSED))
+    assert not is_right(Update(tables[1], paging.ACCESSED | paging.DIRTY))
+    assert not is_right(Update(HOST + 0x4008, paging.ACCESSED))
+
+
+def test_of_4_byte_entries_the_flag_is_in_their_half() -> None:
+    # The PDE at 0x1004 leads to a table at 0x9000, behind which there is nothing.
+    memory = machine(**{hex(HOST + 0x1000): 0x9007 << 32, hex(0x4000 + 9 * 8): 0})
+    legacy = Cpu(cr0=PG | PE, cr3=0x1000, cr4=0, efer=0)
+    outcome = translate(legacy, PLAIN, memory, Access(1 << 22))
+    assert isinstance(outcome, EptViolation)
+    assert outcome.may_update == (Update(HOST + 0x1000, paging.ACCESSED << 32),)
 
 
 def test_pdptes_are_loaded_through_the_second_stage_without_a_linear_address() -> None:
