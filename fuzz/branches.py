@@ -22,17 +22,25 @@ PLACES = (ctypes.c_size_t * (2 * MOST))(*range(1, 2 * MOST + 1))
 """What stands for the addresses of the branches, each with flags, which libFuzzer counts."""
 
 
+LEAVING = (ast.Return, ast.Break, ast.Continue, ast.Raise)
+
+
 class Marked(ast.NodeTransformer):
     """Marks each side of every ``if``, and each round of every loop, by a counter of its own."""
 
     used = 0
     """How many counters have been given out, to all modules."""
 
+    def __init__(self, tree: ast.AST) -> None:
+        self.guards = guards(tree)
+
     def visit_If(self, node: ast.If) -> ast.If:
-        """Both sides, the empty one too."""
+        """Both sides, the empty one too unless the next branch tells of it."""
+        is_guard = node in self.guards
         self.generic_visit(node)
         node.body.insert(0, self._mark(SIDE))
-        node.orelse.insert(0, self._mark(SIDE))
+        if not is_guard:
+            node.orelse.insert(0, self._mark(SIDE))
         return node
 
     def visit_While(self, node: ast.While) -> ast.While:
@@ -52,13 +60,30 @@ class Marked(ast.NodeTransformer):
         return ast.parse(statement.format(NAME, Marked.used - 1)).body[0]
 
 
+def guards(tree: ast.AST) -> set[ast.If]:
+    """Each ``if`` without ``else`` that leaves its block, where another ``if`` comes later in it:
+    a run that goes on takes a side of that one.
+    """
+    found = set()
+    blocks = [getattr(node, part, None) for node in ast.walk(tree) for part in ("body", "orelse")]
+    for block in blocks:
+        later = False
+        for statement in reversed(block if isinstance(block, list) else []):
+            if isinstance(statement, ast.If):
+                if later and not statement.orelse and isinstance(statement.body[-1], LEAVING):
+                    found.add(statement)
+                later = True
+    return found
+
+
 def instrument(module: types.ModuleType) -> None:
     """Make the functions of a module tell which branches they take.
 
     In place, and only of this module: the branches of the decoder say nothing of what is tested.
     """
     spec: Any = module.__spec__
-    tree = Marked().visit(ast.parse(spec.loader.get_source(module.__name__)))
+    tree = ast.parse(spec.loader.get_source(module.__name__))
+    tree = Marked(tree).visit(tree)
     code = compile(ast.fix_missing_locations(tree), spec.origin, "exec", dont_inherit=True)
     marked = {part.co_name: part for part in code.co_consts if isinstance(part, types.CodeType)}
     setattr(module, NAME, COUNTERS)

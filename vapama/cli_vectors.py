@@ -1,7 +1,7 @@
 """``vapama vectors``: test vectors made from the specification, and put to any subject."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,8 @@ from vapama.case import BadInput
 
 if TYPE_CHECKING:
     from vapama.vectors.consume import Result
+    from vapama.vectors.form import Vector
+    from vapama.vectors.questions import Kind
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,10 +62,29 @@ def fill(
             write(form.schema())
     for kind_ in kinds:
         own = [vector for vector in vectors if vector.kind == kind_.name]
-        paths = len({vector.path for vector in own})
-        console.print(f"{kind_.name}: {len(own):,} vectors, {paths:,} ways to end", markup=False)
+        ways = len({vector.path for vector in own})
+        console.print(f"{kind_.name}: {len(own):,} vectors, {ways:,} ways to end", markup=False)
+    _print_coverage(kinds, vectors)
     for name, why in without.items():
         console.print(f"mistake {name}: {why}", markup=False, soft_wrap=True)
+
+
+def _print_coverage(kinds: "Sequence[Kind]", vectors: "Sequence[Vector]") -> None:
+    """How many of the paths that the symbolic engine enumerates the vectors take."""
+    from vapama.vectors import fill as filling
+
+    total = left = 0
+    for kind_ in kinds:
+        if kind_.symbolic:
+            own = [vector for vector in vectors if vector.kind == kind_.name]
+            with _progress() as show:
+                show(f"{kind_.name}: which paths the vectors take")
+                paths = filling.paths_of(kind_)
+                total += len(paths)
+                left += len(filling.missed(kind_, paths, own))
+    if total:
+        share = f"{(total - left) / total:.0%}" if left else "100%"
+        console.print(f"paths of one stage taken: {total - left:,} of {total:,}, {share}")
 
 
 @app.command()
