@@ -105,19 +105,25 @@ class Frames:
         """The first of `count` frames in a row, aligned to their number; None if there are none."""
         free = set(self.free_list)
         for first in range((self.total - count) // count * count, 0, -count):
-            if free.issuperset(range(first, first + count)):
-                end = first + count
-                self.free_list = [f for f in self.free_list if not first <= f < end]
+            run = range(first, first + count)
+            if free.issuperset(run):
+                self.free_list = [frame for frame in self.free_list if frame not in run]
                 return first
         return None
 
-    def give(self, frame: int, blank: bool = False) -> None:
-        """Free a frame, and clear it, unless it is known to be `blank`."""
+    def give(self, frame: int) -> None:
+        """Free a frame, and clear it."""
         if self.on_free is not None:
             self.on_free(frame)
-        if not blank:
-            self.ram.clear(frame)
+        self.ram.clear(frame)
         self.free_list.append(frame)
+
+    def give_blank(self, frames: Sequence[int]) -> None:
+        """Free frames in which nothing was ever written."""
+        if self.on_free is not None:
+            for frame in frames:
+                self.on_free(frame)
+        self.free_list += frames
 
     def move(self, first: int, to: int, count: int) -> None:
         """Move the words of a run of frames, beside those that are taken and given one by one."""

@@ -16,6 +16,7 @@ it: it is not swapped, merged or split. Source: Linux, admin-guide/mm/hugetlbpag
 """
 
 from collections.abc import Callable, Sequence
+from mmap import mmap
 
 import numpy as np
 import numpy.typing as npt
@@ -142,15 +143,15 @@ class Backing:
         self.leave(page)
         self.frame[page] = target
 
-    def leave(self, page: int, blank: bool = False) -> None:
-        """Let a page that nothing maps use its frame no longer, a `blank` one or not."""
+    def leave(self, page: int) -> None:
+        """Let a page that nothing maps use its frame no longer."""
         frame = self.frame.pop(page)
         if page in self.readonly:
             self.readonly.discard(page)
             assert self.merger is not None
             self.merger.left(frame, self, page)
         else:
-            self.frames.give(frame, blank)
+            self.frames.give(frame)
 
     def written(self, page: int) -> None:
         """The page was written: the copy of it, if there is one, is out of date."""
@@ -224,15 +225,19 @@ class Backing:
         ram = self.frames.ram
         filled = {index >> 9 for index in ram}
         self.revoke(pages.start, BLOCK)
-        for each, target in zip(pages, range(run, run + BLOCK), strict=True):
-            if each in self.frame:
-                blank = self.frame[each] not in filled
-                if not blank:
-                    ram.copy_page(self.frame[each], target)
-                self.leave(each, blank)
+        targets = range(run, run + BLOCK)
+        blank = []
+        for each, target in zip(pages, targets, strict=True):
+            frame = self.frame.get(each)
+            if frame is not None and (frame in filled or each in self.readonly):
+                ram.copy_page(frame, target)
+                self.leave(each)
+            elif frame is not None:
+                blank.append(frame)
             for index, word in self.copies.pop(each, {}).items():
                 ram[target << 9 | index] = word
-            self.frame[each] = target
+        self.frames.give_blank(blank)
+        self.frame.update(zip(pages, targets, strict=True))
         self.huge.add(block)
         return True
 
@@ -255,7 +260,9 @@ class Merger:
         self.backings, self.frames = backings, frames
         self.zero: int | None = None
         """The frame of zeros that pages share with `zero_pages`, as long as there are any."""
-        self.contents: Contents = np.zeros((frames.total, BLOCK), dtype=np.uint64)
+        # Memory that comes page by page: numpy asks for huge pages, and few frames are looked at.
+        room = mmap(-1, frames.total * BLOCK * 8)
+        self.contents: Contents = np.frombuffer(room, dtype=np.uint64).reshape(-1, BLOCK)
         self.mapped: npt.NDArray[np.int32] = np.ones(frames.total, dtype=np.int32)
         """No frame is mapped more than once but those that KSM shares."""
         self.users: dict[int, set[tuple[Backing, int]]] = {}

@@ -2,7 +2,9 @@
 
 A scan hashes every page that is not merged yet in machine code. Nearly all of them turn out to have
 changed, or to be like no other page: these are dealt with as arrays. Only pages whose hash recurs
-are looked at one by one, in order, with a real comparison before any merge.
+are looked at one by one, in order, with a real comparison before any merge. Most of these are like
+pages of the same scan alone, and wait in no tree: the first of them for the second, and the others
+for no more than that they are equal.
 
 A page costs `Items.BYTES_A_PAGE` bytes (Linux: 64 for a `ksm_rmap_item`), a frame 4 bytes, and a
 shared frame a `Node` besides. Whoever owns the pages is a `Host`: its areas are what is scanned
@@ -11,6 +13,7 @@ every page table and TLB (its rmap), maps a frame in place of another, and copie
 owns when it is written.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
@@ -93,6 +96,9 @@ class Items:
         return sum(array.nbytes for array in arrays)
 
 
+Waiting = tuple[Any, Items, int, int, int]
+"""The first page of a group of equals that no tree knows of: area, items, page, frame; then, with
+the frame that is shared, the group's node, `NO_NODE` before."""
 Work = tuple[Any, Items, Numbers, Numbers]
 """A part of an area to scan: the area, its items, the pages and their frames."""
 
@@ -124,8 +130,8 @@ class Ksm:
         self.unstable: dict[int, list[tuple[Any, int]]] = {}
         self.batches: list[tuple[Any, Numbers, Frames]] = []
         """What was met once so far in an unfinished scan: area, pages, and their hashes."""
-        self.zero_digest = hashed(np.zeros((1, 512), dtype=np.uint64), np.zeros(1, dtype=np.int64))
-        self.zero_digest &= np.uint64(self.hash_mask)
+        zeros = hashed(np.zeros((1, 512), dtype=np.uint64), np.zeros(1, dtype=np.int64))
+        self.zero_digest = int(zeros[0]) & self.hash_mask
         self.cursor: tuple[Any, int] | None = None
         self.scanned: set[Any] = set()
         self.shared = self.sharing = self.unshared = self.skipped = self.full_scans = 0
@@ -241,8 +247,9 @@ class Ksm:
         if not work:
             return
         settled = [self.settle(*each) for each in work]
-        recurring = self.recurring(
-            np.concatenate([digests[candidates] for _, candidates, digests in settled])
+        recurring, groups = self.recurring(
+            np.concatenate([digests[candidates] for _, candidates, digests in settled]),
+            np.concatenate([digests[candidates & slow] for slow, candidates, digests in settled]),
         )
         start = 0
         once: list[tuple[Any, Numbers, Frames]] = []
@@ -257,12 +264,16 @@ class Ksm:
             items.state[pages[alone]] |= UNSTABLE
             self.unshared += int(np.count_nonzero(alone))
             once.append((area, pages[alone], digests[alone]))
-            for index in np.flatnonzero(slow | again).tolist():
-                page = int(pages[index])
-                if slow[index]:
+            some = np.flatnonzero(slow | again)
+            for special, page, frame, digest in zip(
+                *(array[some].tolist() for array in (slow, pages, frames, digests)), strict=True
+            ):
+                if special:
                     self.visit(area, items, page)
+                elif digest in groups:
+                    self.gather(groups, (area, items, page, frame, NO_NODE), digest)
                 else:
-                    self.look_up(area, items, page, int(frames[index]), int(digests[index]))
+                    self.look_up(area, items, page, frame, digest)
         if self.cursor is not None:
             self.batches += [part for part in once if len(part[1])]
 
@@ -283,9 +294,10 @@ class Ksm:
         slow = (items.node[pages] != shared) & (known | present) | several
         plain = ~slow & present & (shared == NO_NODE)
         gone = pages[~slow & ~present & known]
-        self.leave_unstable(items, gone)
-        for array in (items.state, items.age, items.skips):
-            array[gone] = 0
+        if len(gone):
+            self.leave_unstable(items, gone)
+            for array in (items.state, items.age, items.skips):
+                array[gone] = 0
         items.state[pages[plain]] |= KNOWN
         if self.smart_scan:
             plain &= ~self.leave_out(items, pages, plain)
@@ -384,31 +396,77 @@ class Ksm:
         if number != NO_NODE:
             theirs = self.nodes[number].frame
             if may_merge(self.equal(frame, theirs), pinned):
-                self.host.protect(area, page)
-                self.host.share(area, page, theirs)
-                self.attach(items, page, number)
+                self.join(area, items, page, number)
             return
 
         # THE UNSTABLE TREE
         found = self.unstable_page(digest, frame)
         if found is None:
-            items.state[page] |= UNSTABLE
-            self.unshared += 1
-            self.unstable.setdefault(digest, []).append((area, page))
+            self.wait(area, items, page, digest)
             return
         other, at = found
         theirs = self.host.frame_at(other, at)
         either = pinned | self.host.is_pinned(other, at)
         if theirs == frame or not may_merge(self.equal(frame, theirs), either):
             return
+        self.detach(self.items[other], at)
+        self.pair((area, items, page, frame), (other, self.items[other], at), digest, chain)
+
+    def gather(self, groups: dict[int, Waiting | None], mine: Waiting, digest: int) -> None:
+        """What `look_up` comes to for a page whose hash only pages of this scan have, none of them
+        met in a special way: what their group knows is enough.
+        """
+        group = groups[digest]
+        if group is None:
+            groups[digest] = mine
+            return
+        area, items, page, frame, _ = mine
+        other, other_items, at, theirs, number = group
+        pinned = self.host.is_pinned(area, page)
+        if number == NO_NODE:
+            pinned = pinned | self.host.is_pinned(other, at)
+        if not may_merge(self.equal(frame, theirs), pinned):
+            # A hash of two contents, or a device's page: from now on by the trees.
+            del groups[digest]
+            if number == NO_NODE:
+                self.wait(other, other_items, at, digest)
+            self.look_up(area, items, page, frame, digest)
+        elif number == NO_NODE:
+            number = self.pair((area, items, page, frame), (other, other_items, at), digest, [])
+            groups[digest] = area, items, page, frame, number
+        else:
+            self.join(area, items, page, number)
+
+    def wait(self, area: Any, items: Items, page: int, digest: int) -> None:
+        """Put a page into the unstable tree."""
+        items.state[page] |= UNSTABLE
+        self.unshared += 1
+        self.unstable.setdefault(digest, []).append((area, page))
+
+    def join(self, area: Any, items: Items, page: int, number: int) -> None:
+        """Let a page use a shared frame of its content in place of its own."""
+        self.host.protect(area, page)
+        self.host.share(area, page, self.nodes[number].frame)
+        self.attach(items, page, number)
+
+    def pair(
+        self,
+        mine: tuple[Any, Items, int, int],
+        theirs: tuple[Any, Items, int],
+        digest: int,
+        chain: list[int],
+    ) -> int:
+        """Make a shared frame, of a chain of its content's, out of that of the page which is scanned
+        now: the other page, scanned before, uses it too. Returns its node.
+        """
+        (area, items, page, frame), (other, other_items, at) = mine, theirs
         self.host.protect(area, page)
         self.host.protect(other, at)
-        other_items = self.items[other]
-        self.detach(other_items, at)
         number = self.new_node(frame, digest, chain)
         self.host.share(other, at, frame)
         self.attach(other_items, at, number)
         self.attach(items, page, number)
+        return number
 
     def equal(self, frame: int, other: int) -> Flag:
         """1 if two frames have the same content, word for word."""
@@ -456,19 +514,27 @@ class Ksm:
             for page in pages[digests == np.uint64(digest)]
         ]
 
-    def recurring(self, digests: Frames) -> Flags:
-        """Which hashes occur twice here, or may be those of what was met before."""
-        _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
-        again: Flags = counts[inverse] > 1
-        if self.stable:
-            again |= np.isin(digests, np.fromiter(self.stable, dtype=np.uint64))
-        if self.unstable:
-            again |= np.isin(digests, np.fromiter(self.unstable, dtype=np.uint64))
+    def recurring(
+        self, digests: Frames, special: Frames
+    ) -> tuple[Flags, dict[int, Waiting | None]]:
+        """Which hashes occur twice here, or may be those of what was met before; and groups, empty
+        yet, for those that were not met before, and that pages which are `special` do not have.
+        """
+        values, stable, unstable = digests.tolist(), self.stable, self.unstable
+        counts = Counter(values)
+        known = {value for value in counts if value in stable or value in unstable}
+        if self.use_zero_pages:
+            known.add(self.zero_digest)
+        flags = [counts[value] > 1 or value in known for value in values]
+        again: Flags = np.array(flags, dtype=np.bool_)
         for _, _, before in self.batches:
             again |= np.isin(digests, before)
-        if self.use_zero_pages:
-            again |= digests == self.zero_digest
-        return again
+        if self.batches:
+            return again, {}
+        known.update(special.tolist())
+        limit = self.max_page_sharing
+        groups = {v: None for v, count in counts.items() if 1 < count <= limit and v not in known}
+        return again, dict[int, Waiting | None](groups)
 
     def new_node(self, frame: int, digest: int, chain: list[int]) -> int:
         """Make a frame a shared one, the head of the chain of its content if there is one."""

@@ -377,9 +377,10 @@ class Processes:
 
         A huge page is split first: what is done to one of its pages concerns just that one.
         """
-        if int(area.table[page]) & HUGE:
+        word = int(area.table[page])
+        if word & HUGE:
             self.split(area, page)
-        for process, at in self.users[frame_of(int(area.table[page]))]:
+        for process, at in self.users[frame_of(word)]:
             if int(process.table[at]) & HUGE:
                 self.split(process, at)
             self.set_word(process, at, protected(int(process.table[at])))
