@@ -269,7 +269,7 @@ class Ksm:
                 *(array[some].tolist() for array in (slow, pages, frames, digests)), strict=True
             ):
                 if special:
-                    self.visit(area, items, page)
+                    self.visit(area, items, page, digest)
                 elif digest in groups:
                     self.gather(groups, (area, items, page, frame, NO_NODE), digest)
                 else:
@@ -337,18 +337,20 @@ class Ksm:
         self.skipped += int(np.count_nonzero(out))
         return out
 
-    def store_checksums(self, items: Items, pages: Numbers, digests: Frames) -> Flags:
-        """Store the checksums of pages; which of them were the same as at the last scan."""
+    def store_checksums(self, items: Items, pages: Any, digests: Any) -> Any:
+        """Store the checksums of pages, or of one; which of them were the same as before."""
         sums = digests.astype(np.uint32)
-        same: Flags = (items.state[pages] & SUMMED != 0) & (items.checksum[pages] == sums)
+        same = (items.state[pages] & SUMMED != 0) & (items.checksum[pages] == sums)
         items.checksum[pages] = sums
         items.state[pages] |= SUMMED
         return same
 
     # One page, in order
 
-    def visit(self, area: Any, items: Items, page: int) -> None:
-        """Scan one page from the beginning, by what it maps now."""
+    def visit(self, area: Any, items: Items, page: int, digest: int) -> None:
+        """Scan one page from the beginning, by what it maps now: contents stay what they are during
+        a scan, and so does the hash, if it is of a page that is not shared.
+        """
         frame = self.host.frame_at(area, page)
         if frame < 0:
             self.detach(items, page)
@@ -360,9 +362,11 @@ class Ksm:
             if self.leave_out(items, one, np.ones(1, dtype=np.bool_))[0]:
                 self.detach(items, page)
                 return
-        self.compare_and_merge(area, items, page, frame)
+        self.compare_and_merge(area, items, page, frame, digest)
 
-    def compare_and_merge(self, area: Any, items: Items, page: int, frame: int) -> None:
+    def compare_and_merge(
+        self, area: Any, items: Items, page: int, frame: int, digest: int
+    ) -> None:
         """What a scan does with one page: a shared frame counts, a changed page waits."""
         number = int(self.node_at[frame])
         if number != NO_NODE:
@@ -371,15 +375,14 @@ class Ksm:
                 self.attach(items, page, number)
             return
         self.detach(items, page)
-        digest = self.digests(np.array([frame]))
-        if self.store_checksums(items, np.array([page]), digest)[0]:
-            self.look_up(area, items, page, frame, int(digest[0]))
+        if self.store_checksums(items, page, np.uint64(digest)):
+            self.look_up(area, items, page, frame, digest)
 
     def look_up(self, area: Any, items: Items, page: int, frame: int, digest: int) -> None:
         """Let a page that did not change join a frame of its content, or another page its own."""
         # A FRAME THAT BECAME SHARED JUST NOW
         if self.shares(frame):
-            self.compare_and_merge(area, items, page, frame)
+            self.compare_and_merge(area, items, page, frame, digest)
             return
 
         # THE ZERO PAGE
@@ -456,8 +459,8 @@ class Ksm:
         digest: int,
         chain: list[int],
     ) -> int:
-        """Make a shared frame, of a chain of its content's, out of that of the page which is scanned
-        now: the other page, scanned before, uses it too. Returns its node.
+        """Make the frame of the page that is scanned now a shared one, of the chain of its content:
+        the other page, scanned before, uses it too. Returns its node.
         """
         (area, items, page, frame), (other, other_items, at) = mine, theirs
         self.host.protect(area, page)
