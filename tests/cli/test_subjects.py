@@ -185,3 +185,50 @@ def test_an_invariant_that_raises_is_undecided_in_one_line(folder: Path, engine:
     assert result.returncode == 3, result
     (why,) = told(result.stdout, "undecided")
     assert "KeyError: 'nothing'" in why
+
+
+REMEMBERING = '''
+from vapama.spec.nondet import invariant
+
+RUN = []
+
+
+@invariant(source="nowhere")
+def a_claim_that_remembers(nondet, subject):
+    """It raises if another ran before it in its process."""
+    if "another" in RUN:
+        raise RuntimeError("not the first")
+    RUN.append("this")
+    nondet.flag("f")
+
+
+@invariant(source="nowhere")
+def another_claim_that_remembers(nondet, subject):
+    """The same, the other way round."""
+    if "this" in RUN:
+        raise RuntimeError("not the first")
+    RUN.append("another")
+    nondet.flag("f")
+'''
+
+
+@pytest.mark.parametrize(("engine", "apart"), [("z3", True), ("exhaustive", False)])
+def test_each_proof_finds_its_process_as_if_it_were_the_first(
+    folder: Path, engine: str, apart: bool
+) -> None:
+    (folder / "more").mkdir()
+    (folder / "more" / "own.py").write_text(REMEMBERING)
+    (folder / "sitecustomize.py").write_text(ADDED.format(str(folder / "more")))
+    claims = ("a_claim_that_remembers", "another_claim_that_remembers")
+    job = Job(engine=engine, subject="optimized", invariants=claims, budget=BUDGETS["quick"])
+    worker = subprocess.run(
+        [sys.executable, "-m", "vapama.worker"],
+        input=msgspec.json.encode(job),
+        capture_output=True,
+        check=True,
+        env={"PYTHONPATH": str(folder), "HOME": str(folder)},
+    )
+    events = [msgspec.json.decode(line, type=Event) for line in worker.stdout.splitlines()]
+    why = [event.verdict.why for event in events if event.verdict is not None]
+    assert len(why) == 2
+    assert ("not the first" not in why[1]) == apart
