@@ -39,7 +39,8 @@ RECORDS = SERVER + 0x20_0000
 RECORDS_END = RAM_BYTES
 
 # Flavors: how a record is run.
-LEGACY, LEGACY_PAE, LONG_4, LONG_5, SVM, VMX = range(1, 7)
+LEGACY, LEGACY_PAE, LONG_4, LONG_5, SVM, VMX, SVM_5 = range(1, 8)
+"""`SVM` has a host in 4-level paging, `SVM_5` one in 5-level paging."""
 
 # Offsets in the mailbox.
 COMMAND, COUNT, STRIDE, RECORDS_AT, READY, CURRENT, LEFT = range(0, 28, 4)
@@ -353,10 +354,19 @@ class Nested(NamedTuple):
 
 TARGET = 3 * PAGE
 EPT_ALL, EPT_MARKED, EPT_WRITE_BACK = 7, 0x300, 6 << 3
-NESTED = tuple(
-    Nested(entry, entry << 39, *(CONTROL_BLOCKS + 0x2_0000 + PAGE * (3 * n + i) for i in range(3)))
-    for n, entry in enumerate((1, 0, 0x1F7))
-)
+
+
+def _plan_nested(entries: tuple[int, ...], shift: int, first: int) -> tuple[Nested, ...]:
+    at = range(CONTROL_BLOCKS + 0x2_0000 + PAGE * first, RECORDS, 3 * PAGE)
+    return tuple(
+        Nested(entry, entry << shift, frame, frame + PAGE, frame + 2 * PAGE)
+        for entry, frame in zip(entries, at, strict=False)
+    )
+
+
+NESTED = _plan_nested((1, 0, 0x1F7), 39, 0)
+NESTED_5 = _plan_nested((1, 0, 0xB), 48, 9)
+"""Those of roots of 4 and of 5 levels."""
 
 
 # THE MACHINE
@@ -382,6 +392,7 @@ _ASSEMBLED = {
     "LONG_4": LONG_4,
     "LONG_5": LONG_5,
     "SVM": SVM,
+    "SVM_5": SVM_5,
     "VMX": VMX,
     "HSAVE": HSAVE,
     "VMXON_REGION": VMXON_REGION,
@@ -479,7 +490,7 @@ class Machine(Emulator):
                 fields = vmcs_fields(long, user, gdt)
                 pairs = [word for pair in fields.items() for word in pair]
                 self.write(block + PAGE, _words(len(fields), 0, *pairs))
-        for nested in NESTED:
+        for nested in (*NESTED, *NESTED_5):
             self._prepare_nested(nested)
         if self.features.vmx:
             self.run(VMX, b"", 1)

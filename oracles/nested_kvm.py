@@ -334,6 +334,8 @@ DEPARTURES = {
     "retry_instruction",
     "execute-disable-is-not-reserved-once-shared": "SDM Vol. 3A, 4.4.2 and 4.5; Linux 6.1, "
     "arch/x86/kvm/mmu/mmu.c, kvm_init_shadow_mmu",
+    "smap-is-lost-where-wp-is-0": "SDM Vol. 3A, 4.6.1; Linux 6.1, Documentation/virt/kvm/x86/"
+    "mmu.rst, handling cr0.wp=0; arch/x86/kvm/mmu/paging_tmpl.h, FNAME(page_fault)",
     "memory-put-over-a-device-is-missed": "Linux 6.1, Documentation/virt/kvm/api.rst, 4.35; "
     "arch/x86/kvm/mmu/mmu.c, sync_mmio_spte",
 }

@@ -13,7 +13,7 @@ from vapama.oracles import machine as m
 from vapama.oracles import native, virtual
 from vapama.oracles.machine import Machine, Nested
 from vapama.oracles.native import Result, changes, entries_after
-from vapama.oracles.virtual import NE, NOT_ZERO, SVME, VMXE
+from vapama.oracles.virtual import NE, NOT_ZERO, VMXE
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import AC, LMA, LME, NXE, PAE, PE, PG, RFLAGS_ONE, SMAP, SMEP, WP, Cpu
 from vapama.spec.memory import Sparse
@@ -26,7 +26,7 @@ from vapama.spec.outcomes import (
     PageFault,
     Translated,
 )
-from vapama.spec.stage import Ept, Npt, Stage
+from vapama.spec.stage import Ept, Stage
 from vapama.spec.subject import NotCovered
 from vapama.spec.words import Word
 
@@ -68,7 +68,7 @@ def ask(
             raise NotCovered("a table where there is no RAM that is free")
     is_ept = isinstance(stage, Ept)
     second_root = (stage.eptp if isinstance(stage, Ept) else stage.ncr3) & m.FRAME
-    nested = virtual.free_way_in(second_root, memory, machine)
+    nested = virtual.free_way_in(second_root, memory, machine, stage.levels)
     base, own = _way_in(nested, second_root, root, memory, is_ept)
     pokes = {**memory.touched, **own}
     if len(pokes) > MOST_POKES:
@@ -98,13 +98,13 @@ def ask(
         0,
         stage.eptp if isinstance(stage, Ept) else second_root | NOT_ZERO,
         start,
-        LME | SVME | (stage.efer & NXE if isinstance(stage, Npt) else 0),
+        virtual.host_efer(stage),
         *(0,) * 6,
     )
     pairs = b"".join(struct.pack("<QQ", *pair) for pair in pokes.items())
     record = (head + pairs).ljust(RECORD_BYTES, b"\0")
     accessed = address | 7 if access.write else address
-    return Ask(m.VMX if is_ept else m.SVM, record, start, accessed)
+    return Ask(virtual.flavor(stage), record, start, accessed)
 
 
 def _way_in(
@@ -140,7 +140,7 @@ def observed(asked: Ask, result: bytes, access: Access, memory: Sparse) -> Outco
     updates = changes(memory.touched, after)
     if found.where not in {asked.start, address if access.fetch else asked.start}:
         raise NotCovered("the guest came to its code no more, or ran on")
-    if asked.flavor == m.SVM:
+    if asked.flavor != m.VMX:
         if found.vector == virtual.VMEXIT_NPF:
             return NestedPageFault(found.code, found.fault, updates)
         vector, code, linear = found.vector - EXCEPTION_EXITS, found.code, found.fault

@@ -15,7 +15,7 @@ from vapama.oracles.machine import Machine, Nested
 from vapama.oracles.native import RECORD_BYTES, Result, changes, entries_after, is_free
 from vapama.spec import domains
 from vapama.spec.access import GuestPhysicalAccess
-from vapama.spec.cpu import LMA, LME, NXE, PAE, PE, PG, RFLAGS_ONE, WP
+from vapama.spec.cpu import LA57, LMA, LME, NXE, PAE, PE, PG, RFLAGS_ONE, WP
 from vapama.spec.domains import Domain
 from vapama.spec.memory import Sparse
 from vapama.spec.outcomes import (
@@ -54,7 +54,7 @@ def narrow(machine: Machine) -> dict[str, Domain]:
         "ept.low": Domain(among=tuple(0x1E | flag for flag in flags)),
         "npt.maxphyaddr": width,
         "npt.page1gb": Domain(among=(int(machine.features.page1gb),)),
-        "npt.mode": Domain(among=(2,)),
+        "npt.mode": Domain(among=(2, 3) if has_five_levels(machine) else (2,)),
         "gpa": Domain(free=(1 << machine.features.maxphyaddr) - 1, bias=_gpa),
         "gpa.access": Domain(
             among=tuple(kind for kind in domains.GUEST_PHYSICAL_ACCESSES if is_plain(kind))
@@ -64,10 +64,18 @@ def narrow(machine: Machine) -> dict[str, Domain]:
 
 
 def _gpa(raw: int) -> Word:
-    """A guest-physical address below 512 GBytes, or of 48 bits; some with equal indices."""
+    """A guest-physical address below 512 GBytes, or of 48 or 52 bits; some with equal indices."""
     if raw & 3 == 1:
         return (raw >> 20 & 0x1FF) * 0x4020_1000 & (1 << 39) - 1 | raw >> 52
-    return raw >> 8 & (1 << (39 if raw & 0x1C else 48)) - 1
+    bits = 39 if raw & 0x1C else 52 if raw & 0x20 else 48
+    return raw >> 8 & (1 << bits) - 1
+
+
+def has_five_levels(machine: Machine) -> bool:
+    """Whether nested page tables of 5 levels can be asked about: the guest's own tables must be
+    able to name addresses that another entry of the root serves.
+    """
+    return bool(machine.cr4 & LA57) and machine.features.maxphyaddr > 48
 
 
 def is_plain(kind: int) -> bool:
@@ -94,7 +102,7 @@ def ask(stage: Stage, memory: Sparse, access: GuestPhysicalAccess, machine: Mach
     require_askable(stage, memory, access, machine)
     is_ept = isinstance(stage, Ept)
     root = (stage.eptp if isinstance(stage, Ept) else stage.ncr3) & m.FRAME
-    nested = free_way_in(root, memory, machine)
+    nested = free_way_in(root, memory, machine, stage.levels)
     address, stub = access.address & ~7, m.FETCH if access.fetch else m.READ
     if access.write:
         stub = m.WRITE
@@ -110,7 +118,6 @@ def ask(stage: Stage, memory: Sparse, access: GuestPhysicalAccess, machine: Mach
     if any(word in avoided for word in pages(memory, address)):
         raise NotCovered("a fetch from a word that holds an entry, or a write to one of ours")
     start = (m.USER_CODE if user else m.SUPERVISOR_CODE) + stub
-    host_efer = LME | SVME | (stage.efer & NXE if isinstance(stage, Npt) else 0)
     head = m.HEAD.pack(
         m.BLOCK_OF[True, user],
         m.TARGET | address & 0xFF8,
@@ -127,12 +134,24 @@ def ask(stage: Stage, memory: Sparse, access: GuestPhysicalAccess, machine: Mach
         0,
         stage.eptp if isinstance(stage, Ept) else root | NOT_ZERO,
         start,
-        host_efer,
+        host_efer(stage),
         *(0,) * 6,
     )
     pairs = b"".join(struct.pack("<QQ", *pair) for pair in pokes.items())
     record = (head + pairs).ljust(RECORD_BYTES, b"\0")
-    return Ask(m.VMX if is_ept else m.SVM, record, address, stub)
+    return Ask(flavor(stage), record, address, stub)
+
+
+def flavor(stage: Stage) -> int:
+    """How a record of this second stage is run."""
+    if isinstance(stage, Ept):
+        return m.VMX
+    return m.SVM_5 if stage.levels == 5 else m.SVM
+
+
+def host_efer(stage: Stage) -> Word:
+    """The EFER that the host has meanwhile."""
+    return LME | SVME | (stage.efer & NXE if isinstance(stage, Npt) else 0)
 
 
 def require_askable(
@@ -146,8 +165,10 @@ def require_askable(
             raise NotCovered("EPT with these capabilities is not here")
         if stage.mbec or stage.levels != 4 or stage.eptp & 7 != 6:
             raise NotCovered("only 4-level EPT in write-back memory, without MBEC, is asked about")
-    elif not features.svm or stage.levels != 4 or stage.page1gb != features.page1gb:
+    elif not features.svm or stage.page1gb != features.page1gb:
         raise NotCovered("nested page tables of such a host are not here")
+    elif stage.levels != 4 and not (stage.levels == 5 and has_five_levels(machine)):
+        raise NotCovered("nested page tables of a host with so many levels are not here")
     if stage.maxphyaddr != features.maxphyaddr:
         raise NotCovered(f"MAXPHYADDR here is {features.maxphyaddr}")
     if access.address >> features.maxphyaddr:
@@ -175,10 +196,10 @@ def pages(memory: Sparse, address: Word) -> list[Word]:
     ]
 
 
-def free_way_in(root: Word, memory: Sparse, machine: Machine) -> Nested:
+def free_way_in(root: Word, memory: Sparse, machine: Machine, levels: int) -> Nested:
     """A root entry that the walk under test does not read, of those that an address can select."""
-    most = 1 << machine.features.maxphyaddr - 39
-    for nested in m.NESTED:
+    most = 1 << machine.features.maxphyaddr - (48 if levels == 5 else 39)
+    for nested in m.NESTED_5 if levels == 5 else m.NESTED:
         if nested.entry < most and root | nested.entry << 3 not in memory.touched:
             return nested
     raise NotCovered("the walk reads each entry of the root that leads to the guest's code")
@@ -199,7 +220,7 @@ def observed(asked: Ask, result: bytes, access: GuestPhysicalAccess, memory: Spa
         return Translated(pa | access.address & 7, 0, changes(memory.touched, after))
     updates, gpa = changes(memory.touched, after), access.address
     if found.fault == accessed:
-        if asked.flavor == m.SVM and found.vector == VMEXIT_NPF:
+        if asked.flavor != m.VMX and found.vector == VMEXIT_NPF:
             return NestedPageFault(found.code, gpa, updates)
         if asked.flavor == m.VMX and found.vector == EPT_VIOLATION:
             if found.linear != m.TARGET | accessed & 0xFFF:
@@ -214,14 +235,14 @@ def observed(asked: Ask, result: bytes, access: GuestPhysicalAccess, memory: Spa
 
 def is_exit_of_the_second_stage(flavor: int, found: Result) -> bool:
     """Whether the second stage stopped the guest."""
-    if flavor == m.SVM:
+    if flavor != m.VMX:
         return found.vector == VMEXIT_NPF
     return found.vector in (EPT_VIOLATION, EPT_MISCONFIGURATION)
 
 
 def is_done(flavor: int, found: Result) -> bool:
     """Whether the guest ended with the INT3 that comes after the access."""
-    if flavor == m.SVM:
+    if flavor != m.VMX:
         delivering = found.vector == VMEXIT_GP and found.event in DELIVERING_INT3
         return found.vector == VMEXIT_BP or delivering
     return found.vector == EXCEPTION and found.event & 0xFF == m.DONE

@@ -20,7 +20,7 @@ from vapama.oracles.emulator import MachineDied
 from vapama.oracles.nested_kvm import Command, NestedKvm, Result, Told
 from vapama.spec import programs
 from vapama.spec.access import Access
-from vapama.spec.cpu import NXE, PCIDE, SMAP, SMEP, Cpu
+from vapama.spec.cpu import AC, NXE, PCIDE, SMAP, SMEP, Cpu
 from vapama.spec.invariants.vmm import (
     DESIGNS,
     NAMES,
@@ -564,6 +564,20 @@ def _stores_half(shown: _Shown) -> bool:
     return True
 
 
+def _loses_smap(shown: _Shown) -> bool:
+    """It is right for RFLAGS.AC=1, with which the supervisor has run, CR0.WP being 0."""
+    seen, guest, contexts = shown.seen(), shown.guest, shown.processor.contexts
+    with_ac = any(c.cpu.ac & c.cpu.smap & ~c.cpu.wp for p in guest.processors for c in p.contexts)
+    now = contexts[-1]
+    cpu, access = now.cpu, shown.step.access
+    if seen is None or not with_ac or access.user or cpu.wp or cpu.ac or not cpu.smap:
+        return False
+    contexts[-1] = now._replace(cpu=cpu._replace(rflags=cpu.rflags | AC))
+    allowed = shown.allows(seen)
+    contexts[-1] = now
+    return allowed
+
+
 def _takes_table_for_page(shown: _Shown) -> bool:
     """The access went to an entry of its own walk that cannot be written, the place in the page
     being the same.
@@ -641,6 +655,7 @@ DEPARTURES: dict[bool, dict[str, Callable[[_Shown], bool]]] = {
         "load-from-a-device-in-page-0-sets-dirty": _marks_page_0_dirty,
         "execute-disable-is-not-reserved-once-shared": _shares_execute_disable,
         "memory-put-over-a-device-is-missed": _misses_memory,
+        "smap-is-lost-where-wp-is-0": _loses_smap,
     },
     True: {
         **BOTH,

@@ -378,7 +378,10 @@ long_mode:
     mov eax, CR4_OWN | PAE
     mov ebx, ROOT_4
     cmp dword [COMMAND], LONG_5
+    je .five
+    cmp dword [COMMAND], SVM_5
     jne .four
+.five:
     or eax, LA57
     mov ebx, ROOT_5
 .four:
@@ -406,6 +409,8 @@ default abs
 long_64:
     mov rsp, STACK
     cmp dword [COMMAND], SVM
+    je svm
+    cmp dword [COMMAND], SVM_5
     je svm
     cmp dword [COMMAND], VMX
     je vmx

@@ -34,7 +34,7 @@ from vapama.oracles.unicorn import DEPARTURES, Unicorn
 from vapama.spec import subject as subjects
 from vapama.spec.nondet import ACCESS_DRAWS, CPU_DRAWS
 from vapama.spec.subject import Capabilities
-from vapama.subjects import MACHINES, SHORT_NAMES, Reference
+from vapama.subjects import HYPERVISORS, MACHINES, SHORT_NAMES, Reference
 from vapama.verdict import BUDGETS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -390,6 +390,7 @@ CAPABILITIES = {
     "linux-thp": LinuxThp.capabilities,
     **{name: Capabilities(observes=bare_metal.OBSERVES) for name in MACHINES},
     "kvm": Capabilities(observes=frozenset({subjects.PA})),
+    **{name: Capabilities(observes=frozenset({subjects.VMM})) for name in HYPERVISORS},
 }
 
 

@@ -16,7 +16,7 @@ from vapama.oracles.emulator import CannotStart
 from vapama.oracles.nested_kvm import NestedKvm, can
 from vapama.spec import programs
 from vapama.spec.access import Access
-from vapama.spec.cpu import LMA, LME, Cpu
+from vapama.spec.cpu import AC, LMA, LME, PAE, RFLAGS_ONE, SMAP, Cpu
 from vapama.spec.steps import (
     Harvest,
     Invlpg,
@@ -206,6 +206,13 @@ SHOWN: dict[str, tuple[Step, ...]] = {
         store(LOW | 9 << 3, 9 << 12 | USED | 1 << 63),
         load(0x9000),
         Load(0, 1, Access(0x9008, user=1)),
+    ),
+    "smap-is-lost-where-wp-is-0": (
+        Move(0, 0, "cr4", PAE | SMAP),
+        Move(0, 0, "rflags", RFLAGS_ONE | AC),
+        store(0x206000, user=0),  # the user's, and not to be written: KVM makes it the kernel's
+        Move(0, 0, "rflags", RFLAGS_ONE),
+        load(0x206008, user=0),
     ),
     "memory-put-over-a-device-is-missed": (
         SetSlot(0, 2, None),
