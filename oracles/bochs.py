@@ -136,6 +136,9 @@ def _marked_blocks(data: bytes, start: int) -> dict[int, int]:
     tail = np.uint64(0xFFFF_FF00_0000_00FF)
     number = words >> np.uint64(8)
     first = (words & tail == np.uint64(STAMP_TAIL)) & (number & np.uint64(BLOCK // 8 - 1) == 0)
+    # One stamp alone may be a constant in the guest's own code.
+    first[:-1] &= words[1:] == words[:-1] + np.uint64(1 << 8)
+    first[-1:] = False
     found = {}
     for place in np.flatnonzero(first).tolist():
         block = (int(words[place]) >> 8 & 0xFFFF_FFFF) * 8 // BLOCK

@@ -124,16 +124,19 @@ def _marks_reserved(found: Disagreement) -> bool:
 
 
 def _ignores_bit_8(found: Disagreement) -> bool:
-    """Bit 8 of a nested PML4E is not checked: all is as if it were 0, or departs otherwise."""
+    """Bit 8 of a nested PML4E (or PML5E) is not checked: all is as if it were 0, or departs
+    otherwise.
+    """
     if found.reference is None or not isinstance(found.expected, NestedPageFault):
         return False
     memory = found.memory
     if not isinstance(memory, Sparse) or not found.expected.exitinfo1 & RSVD:
         return False
-    root, entry = next(iter(memory.touched.items()))
-    if not entry & BIT_8:
+    # The walk's second entry is a PDPTE if there are 4 levels: of that the bit is ignored anyhow.
+    upper = {at: entry & ~BIT_8 for at, entry in list(memory.touched.items())[:2]}
+    if all(memory.touched[at] == entry for at, entry in upper.items()):
         return False
-    without = Sparse({**memory.touched, root: entry & ~BIT_8}, memory.limit)
+    without = Sparse(memory.touched | upper, memory.limit)
     instead = replace(found, memory=without, expected=found.reference(without), reference=None)
     return instead.is_just(found.observed) or named(QEMU, instead) is not None
 
@@ -194,8 +197,9 @@ RESERVED_IS_MARKED = Departure(
 )
 BIT_8_IS_IGNORED = Departure(
     "nested-pml4e-bit-8-is-not-reserved",
-    "bit 8 of a PML4E is not checked; in nested page tables, which have AMD's format, it must be 0",
-    "APM Vol. 2, 5.3.3, figure of the PML4E (MBZ); KVM, arch/x86/kvm/mmu/mmu.c, "
+    "bit 8 of a PML4E or PML5E is not checked; in nested page tables, which have AMD's format, it "
+    "must be 0",
+    "APM Vol. 2, 5.3.3, figures of the PML4E and PML5E (MBZ); KVM, arch/x86/kvm/mmu/mmu.c, "
     "nonleaf_bit8_rsvd. QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, mmu_translate",
     _ignores_bit_8,
 )

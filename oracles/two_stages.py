@@ -112,14 +112,15 @@ def _way_in(
 ) -> tuple[Word, dict[Word, Word]]:
     """The linear address of our pages, and the entries that lead there."""
     entrance = nested.ept | m.EPT_ALL | m.EPT_MARKED if is_ept else nested.npt | m.MARKED
+    way_in = second_root | nested.entry << 3
     for entry in ENTRANCES:
         where = root | entry << 3
-        if where not in memory.touched:
+        if where not in memory.touched and where != way_in:
             base = entry << 39
             if base >> 47:
                 base |= 0xFFFF << 48
             to_guest = nested.base + m.TARGET | m.MARKED
-            return base, {second_root | nested.entry << 3: entrance, where: to_guest}
+            return base, {way_in: entrance, where: to_guest}
     raise NotCovered("the walk reads each entry of the guest's root that leads to its code")
 
 

@@ -92,7 +92,13 @@ def status(answers: dict[str, Answer]) -> int:
 def _load(path: Path, subject_name: str | None) -> tuple[Case, Invariant, Guarded]:
     case = load_case(path)
     (invariant,) = chosen_invariants([case.invariant])
-    return case, invariant, load_subject(subject_name or case.subject)
+    subject = load_subject(subject_name or case.subject)
+    if lacking := subject.lacks(invariant):
+        raise BadInput(
+            f"{path}: {invariant.name} needs {', '.join(sorted(lacking))}, which "
+            f"{subject.name} does not observe: give another --subject"
+        )
+    return case, invariant, subject
 
 
 def _concrete(invariant: Invariant, run: Concrete, subject: Guarded) -> Answer:
