@@ -226,7 +226,8 @@ class Hypervisor(Protocol):
 
     One that cannot make every step has `fit(step)`: the step as it can make it, `Rest()` for one
     that it cannot. One that needs something of its own in the guests' memory has `plan`: the plan
-    that it was given, with that.
+    that it was given, with that. One that can tell which words of a guest's memory are not 0 has
+    `held(guest)`: their set, as words of the backing.
     """
 
     def do(self, step: Step) -> Seen:

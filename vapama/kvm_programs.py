@@ -112,6 +112,10 @@ class Guests:
         """A guest's word at an aligned guest-physical address."""
         return self._maps[guest].load(address)
 
+    def held(self, guest: int) -> set[int]:
+        """Which words of a guest's backing are not 0."""
+        return {word for word, value in self._maps[guest].backing.items() if value}
+
     def departure(self) -> str | None:
         """The known departure that the steps so far show; None if there is none, or something else
         besides.
