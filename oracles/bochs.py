@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vapama.oracles.bare_metal import BareMetal
-from vapama.oracles.departures import BOCHS
+from vapama.oracles.departures import BOCHS, BOCHS_OF_AMD
 from vapama.oracles.emulator import CannotStart
 from vapama.oracles.machine import HOLE, RAM_BYTES, SERVER, STAMP_TAIL, Machine
 from vapama.spec.cpu import PKE
@@ -155,4 +155,5 @@ def _marked_blocks(data: bytes, start: int) -> dict[int, int]:
 
 def bochs(model: str = "tigerlake") -> BareMetal:
     """Bochs as a subject. Raises `CannotStart`."""
-    return BareMetal(BochsMachine(model), BOCHS)
+    machine = BochsMachine(model)
+    return BareMetal(machine, BOCHS_OF_AMD if machine.features.svm else BOCHS)

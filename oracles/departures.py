@@ -200,7 +200,8 @@ BIT_8_IS_IGNORED = Departure(
     "bit 8 of a PML4E or PML5E is not checked; in nested page tables, which have AMD's format, it "
     "must be 0",
     "APM Vol. 2, 5.3.3, figures of the PML4E and PML5E (MBZ); KVM, arch/x86/kvm/mmu/mmu.c, "
-    "nonleaf_bit8_rsvd. QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, mmu_translate",
+    "nonleaf_bit8_rsvd. QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, mmu_translate; Bochs 2.7, "
+    "cpu/paging.cc",
     _ignores_bit_8,
 )
 BIT_12_IS_IGNORED = Departure(
@@ -254,8 +255,27 @@ FLAGS_IN_READ_ONLY = Departure(
     lambda found: False,  # told by the reference without these writes, in a case of both stages
 )
 
-QEMU = (RESERVED_LACKS_P, RESERVED_IS_MARKED, OUTSIDE_READS_0, BIT_8_IS_IGNORED)
+PDPTE_RESERVED = 0x1E6
+"""Bits 8:5, 2:1."""
+PDPTE_IS_CARELESS = Departure(
+    "nested-pdpte-of-a-pae-host-is-marked-accessed",
+    "in nested page tables of a host in PAE paging, bits 8:5 and 2:1 of a PDPTE are not checked, "
+    "though they must be 0, and bit 5 is set as if it were an accessed flag",
+    "APM Vol. 2, 5.2.3, figure of the PDPE (MBZ). QEMU 7.2, target/i386/tcg/sysemu/excp_helper.c, "
+    "mmu_translate",
+    lambda found: False,  # told by the reference of a PDPTE without them
+)
+
+QEMU = (
+    RESERVED_LACKS_P,
+    RESERVED_IS_MARKED,
+    OUTSIDE_READS_0,
+    BIT_8_IS_IGNORED,
+    PDPTE_IS_CARELESS,
+)
 BOCHS = (OUTSIDE_READS_ONES, BIT_12_IS_IGNORED, TABLE_IS_NO_READ, FLAGS_IN_READ_ONLY)
+BOCHS_OF_AMD = (OUTSIDE_READS_ONES, BIT_8_IS_IGNORED)
+"""Those of the models with SVM."""
 
 
 def named(known: tuple[Departure, ...], found: Disagreement) -> str | None:

@@ -39,8 +39,8 @@ RECORDS = SERVER + 0x20_0000
 RECORDS_END = RAM_BYTES
 
 # Flavors: how a record is run.
-LEGACY, LEGACY_PAE, LONG_4, LONG_5, SVM, VMX, SVM_5 = range(1, 8)
-"""`SVM` has a host in 4-level paging, `SVM_5` one in 5-level paging."""
+LEGACY, LEGACY_PAE, LONG_4, LONG_5, SVM, VMX, SVM_5, SVM_PAE = range(1, 9)
+"""`SVM` has a host in 4-level paging, the others in 5-level and PAE paging."""
 
 # Offsets in the mailbox.
 COMMAND, COUNT, STRIDE, RECORDS_AT, READY, CURRENT, LEFT = range(0, 28, 4)
@@ -364,9 +364,12 @@ def _plan_nested(entries: tuple[int, ...], shift: int, first: int) -> tuple[Nest
     )
 
 
-NESTED = _plan_nested((1, 0, 0x1F7), 39, 0)
-NESTED_5 = _plan_nested((1, 0, 0xB), 48, 9)
-"""Those of roots of 4 and of 5 levels."""
+NESTED = {
+    4: _plan_nested((1, 0, 0x1F7), 39, 0),
+    5: _plan_nested((1, 0, 0xB), 48, 9),
+    3: _plan_nested((3, 2, 1, 0), 30, 18),
+}
+"""Those of roots of so many levels."""
 
 
 # THE MACHINE
@@ -393,6 +396,7 @@ _ASSEMBLED = {
     "LONG_5": LONG_5,
     "SVM": SVM,
     "SVM_5": SVM_5,
+    "SVM_PAE": SVM_PAE,
     "VMX": VMX,
     "HSAVE": HSAVE,
     "VMXON_REGION": VMXON_REGION,
@@ -490,7 +494,7 @@ class Machine(Emulator):
                 fields = vmcs_fields(long, user, gdt)
                 pairs = [word for pair in fields.items() for word in pair]
                 self.write(block + PAGE, _words(len(fields), 0, *pairs))
-        for nested in (*NESTED, *NESTED_5):
+        for nested in (way for ways in NESTED.values() for way in ways):
             self._prepare_nested(nested)
         if self.features.vmx:
             self.run(VMX, b"", 1)

@@ -67,9 +67,11 @@ def ask(
         if not native.is_free(address):
             raise NotCovered("a table where there is no RAM that is free")
     is_ept = isinstance(stage, Ept)
-    second_root = (stage.eptp if isinstance(stage, Ept) else stage.ncr3) & m.FRAME
+    if stage.levels < 4:
+        raise NotCovered("both stages with a host that is not in long mode")
+    second_root = virtual.root_of(stage)
     nested = virtual.free_way_in(second_root, memory, machine, stage.levels)
-    base, own = _way_in(nested, second_root, root, memory, is_ept)
+    base, own = _way_in(nested, virtual.way_in(stage, nested), root, memory)
     pokes = {**memory.touched, **own}
     if len(pokes) > MOST_POKES:
         raise NotCovered("a walk that reads so many entries")
@@ -108,19 +110,17 @@ def ask(
 
 
 def _way_in(
-    nested: Nested, second_root: Word, root: Word, memory: Sparse, is_ept: bool
+    nested: Nested, way_in: dict[Word, Word], root: Word, memory: Sparse
 ) -> tuple[Word, dict[Word, Word]]:
     """The linear address of our pages, and the entries that lead there."""
-    entrance = nested.ept | m.EPT_ALL | m.EPT_MARKED if is_ept else nested.npt | m.MARKED
-    way_in = second_root | nested.entry << 3
     for entry in ENTRANCES:
         where = root | entry << 3
-        if where not in memory.touched and where != way_in:
+        if where not in memory.touched and where not in way_in:
             base = entry << 39
             if base >> 47:
                 base |= 0xFFFF << 48
             to_guest = nested.base + m.TARGET | m.MARKED
-            return base, {way_in: entrance, where: to_guest}
+            return base, {**way_in, where: to_guest}
     raise NotCovered("the walk reads each entry of the guest's root that leads to its code")
 
 

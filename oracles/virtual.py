@@ -101,7 +101,7 @@ def ask(stage: Stage, memory: Sparse, access: GuestPhysicalAccess, machine: Mach
     """The record of a case. Raises `NotCovered`."""
     require_askable(stage, memory, access, machine)
     is_ept = isinstance(stage, Ept)
-    root = (stage.eptp if isinstance(stage, Ept) else stage.ncr3) & m.FRAME
+    root = root_of(stage)
     nested = free_way_in(root, memory, machine, stage.levels)
     address, stub = access.address & ~7, m.FETCH if access.fetch else m.READ
     if access.write:
@@ -109,8 +109,7 @@ def ask(stage: Stage, memory: Sparse, access: GuestPhysicalAccess, machine: Mach
     user = bool(access.user and not (access.write and not access.writable))
     page = address & m.FRAME | m.PRESENT | m.ACCESSED | m.DIRTY
     page |= access.writable << 1 | access.user << 2 | access.no_execute * NX
-    entrance = nested.ept | m.EPT_ALL | m.EPT_MARKED if is_ept else nested.npt | m.MARKED
-    own = {root | nested.entry << 3: entrance, nested.guest | m.TARGET >> 12 << 3: page}
+    own = {**way_in(stage, nested), nested.guest | m.TARGET >> 12 << 3: page}
     pokes = {**memory.touched, **own}
     if len(pokes) > native.MOST_POKES:
         raise NotCovered(f"a walk that reads {len(memory.touched)} entries")
@@ -146,12 +145,30 @@ def flavor(stage: Stage) -> int:
     """How a record of this second stage is run."""
     if isinstance(stage, Ept):
         return m.VMX
-    return m.SVM_5 if stage.levels == 5 else m.SVM
+    return {3: m.SVM_PAE, 5: m.SVM_5}.get(stage.levels, m.SVM)
+
+
+def root_of(stage: Stage) -> Word:
+    """Where the root table is."""
+    if isinstance(stage, Ept):
+        return stage.eptp & m.FRAME
+    return stage.ncr3 & (0xFFFF_FFE0 if stage.levels == 3 else m.FRAME)
+
+
+def way_in(stage: Stage, nested: Nested) -> dict[Word, Word]:
+    """The entry of the root that leads to the guest's own pages, with its address."""
+    root = root_of(stage)
+    if isinstance(stage, Ept):
+        return {root | nested.entry << 3: nested.ept | m.EPT_ALL | m.EPT_MARKED}
+    # PDPTEs of PAE paging have no rights and flags.
+    flags = m.PRESENT if stage.levels == 3 else m.MARKED
+    return {root + (nested.entry << 3): nested.npt | flags}
 
 
 def host_efer(stage: Stage) -> Word:
     """The EFER that the host has meanwhile."""
-    return LME | SVME | (stage.efer & NXE if isinstance(stage, Npt) else 0)
+    long_mode = LME if stage.levels > 3 else 0
+    return long_mode | SVME | (stage.efer & NXE if isinstance(stage, Npt) else 0)
 
 
 def require_askable(
@@ -167,8 +184,12 @@ def require_askable(
             raise NotCovered("only 4-level EPT in write-back memory, without MBEC, is asked about")
     elif not features.svm or stage.page1gb != features.page1gb:
         raise NotCovered("nested page tables of such a host are not here")
-    elif stage.levels != 4 and not (stage.levels == 5 and has_five_levels(machine)):
+    elif stage.levels == 5 and not has_five_levels(machine):
         raise NotCovered("nested page tables of a host with so many levels are not here")
+    elif stage.levels == 2:
+        raise NotCovered("a host in 32-bit paging is not here")
+    elif stage.levels == 3 and access.address >> 32:
+        raise NotCovered("a host in PAE paging translates 32 bits")
     if stage.maxphyaddr != features.maxphyaddr:
         raise NotCovered(f"MAXPHYADDR here is {features.maxphyaddr}")
     if access.address >> features.maxphyaddr:
@@ -178,11 +199,11 @@ def require_askable(
         raise NotCovered("an access that the guest's instructions do not make to its page")
     if memory.limit != m.SERVER:
         raise NotCovered(f"memory here is the first {m.SERVER:#x} bytes")
-    root = (stage.eptp if isinstance(stage, Ept) else stage.ncr3) & m.FRAME
-    for address in (root, *memory.touched):
+    for address in (root_of(stage), *memory.touched):
         if not is_free(address):
             raise NotCovered(f"a table at {address:#x}, where there is no RAM that is free")
-    if any(m.SERVER <= page < m.RAM_BYTES for page in pages(memory, access.address & ~7)):
+    words = pages(memory, access.address & ~7)
+    if any(m.SERVER <= page < m.RAM_BYTES for page in words):
         raise NotCovered("the page holds the guest itself")
 
 
@@ -198,9 +219,9 @@ def pages(memory: Sparse, address: Word) -> list[Word]:
 
 def free_way_in(root: Word, memory: Sparse, machine: Machine, levels: int) -> Nested:
     """A root entry that the walk under test does not read, of those that an address can select."""
-    most = 1 << machine.features.maxphyaddr - (48 if levels == 5 else 39)
-    for nested in m.NESTED_5 if levels == 5 else m.NESTED:
-        if nested.entry < most and root | nested.entry << 3 not in memory.touched:
+    most = 1 << machine.features.maxphyaddr
+    for nested in m.NESTED[levels]:
+        if nested.base < most and root + (nested.entry << 3) not in memory.touched:
             return nested
     raise NotCovered("the walk reads each entry of the root that leads to the guest's code")
 

@@ -22,6 +22,8 @@ from vapama.oracles.departures import (
     BIT_8_IS_IGNORED,
     BIT_12_IS_IGNORED,
     FLAGS_IN_READ_ONLY,
+    PDPTE_IS_CARELESS,
+    PDPTE_RESERVED,
     Disagreement,
     described,
     named,
@@ -32,6 +34,7 @@ from vapama.spec import domains, nested, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import LA57, PKE, PKS, VM, Cpu
 from vapama.spec.domains import Domain
+from vapama.spec.invariants.npt import host_memory
 from vapama.spec.memory import Memory, Sparse, Watched
 from vapama.spec.nondet import LONG_MODE, NO_PAGING, PAE_PAGING, PAGING_32, ControlStates
 from vapama.spec.outcomes import (
@@ -43,17 +46,20 @@ from vapama.spec.outcomes import (
     OutsideMemory,
     Translated,
     U,
+    Update,
     W,
     kind,
 )
-from vapama.spec.paging import PAGE_SIZE, translate
+from vapama.spec.paging import ACCESSED, PAGE_SIZE, translate
 from vapama.spec.stage import Ept, Stage
 from vapama.spec.subject import SECOND_STAGE, NotCovered, agree
-from vapama.spec.words import Word
+from vapama.spec.words import Word, low_bits
 
 WEIGHTS = {LONG_MODE: 5, PAGING_32: 3, PAE_PAGING: 3, NO_PAGING: 1}
 """How often cases of each kind of control state are drawn; `STAGE` is that of a second stage."""
 STAGE = 5
+NPT_OF = {3: "NPT, PAE host", 4: "NPT", 5: "NPT of 5 levels"}
+"""What cases of nested paging are called, by the host's levels."""
 TABLE = 1 << 33
 """Bit of EXITINFO1: it was the guest's tables that were walked for. APM Vol. 2, 15.25.6."""
 BATCH = 2000
@@ -133,7 +139,10 @@ def draw(random: Random, subject: BareMetal, tally: Tally) -> Iterator[Drawn]:
     makers = [partial(_walk, states, narrowed(states, subject)) for states in WEIGHTS]
     weights = list(WEIGHTS.values())
     if SECOND_STAGE in subject.capabilities.observes:
-        makers.append(partial(_second_stage_walk, dict(subject.capabilities.narrow)))
+        wider = dict(subject.capabilities.narrow)
+        if subject.machine.features.svm:
+            wider["npt.mode"] = Domain(among=(*wider["npt.mode"].among, 1))
+        makers.append(partial(_second_stage_walk, wider))
         narrow = narrowed(LONG_MODE, subject)
         free = narrow["cr4"].free & ~(LA57 | PKE | PKS)
         narrow["cr4"] = replace(narrow["cr4"], free=free)
@@ -193,9 +202,15 @@ def linear_case(cpu: Cpu, lazy: Memory, access: Access, subject: BareMetal) -> D
 def _second_stage_walk(narrow: dict[str, Domain], random: Random, subject: BareMetal) -> Drawn:
     """A case of EPT or NPT, whichever the machine has."""
     nondet, by_ept = RandomDraws(random, narrow), subject.machine.features.vmx
-    stage: Stage = nondet.ept() if by_ept else nondet.npt()
-    lazy = nondet.memory("host", entries=domains.EPT_ENTRY if by_ept else domains.ENTRY)
+    if by_ept:
+        stage: Stage = nondet.ept()
+        lazy = nondet.memory("host", entries=domains.EPT_ENTRY)
+    else:
+        stage = nondet.npt()
+        lazy = host_memory(nondet, stage)
     access = nondet.guest_physical_access()
+    if stage.levels == 3:
+        access = access._replace(address=access.address & low_bits(32))
     watched = Watched(lazy)
     expected = second_stage.translate(stage, watched, access)
     memory = Sparse({a: lazy.load(a) for a in watched.loads}, lazy.limit)
@@ -203,7 +218,7 @@ def _second_stage_walk(narrow: dict[str, Domain], random: Random, subject: BareM
     _require_in_reach(stage, expected)
     asked = virtual.ask(stage, memory, access, subject.machine)
     return Drawn(
-        "EPT" if by_ept else "NPT",
+        "EPT" if by_ept else NPT_OF[stage.levels],
         stage,
         memory,
         access,
@@ -215,6 +230,7 @@ def _second_stage_walk(narrow: dict[str, Domain], random: Random, subject: BareM
         access.write * W | U | access.fetch * I,
         lambda other: second_stage.translate(stage, other, access),
         open_bits=I,
+        departing=_with_a_careless_pdpte(stage, memory, access),
     )
 
 
@@ -353,6 +369,24 @@ def _require_in_reach(stage: Stage, expected: Outcome) -> None:
     """
     if isinstance(expected, NestedPageFault) and stage.levels == 4 and expected.gpa >> 48:
         raise NotCovered("a guest-physical address of more than 48 bits under 4 levels")
+
+
+def _with_a_careless_pdpte(
+    stage: Stage, memory: Sparse, access: GuestPhysicalAccess
+) -> dict[str, Outcome]:
+    """The outcome if a nested PDPTE of PAE paging is not checked for reserved bits, and has an
+    accessed flag.
+    """
+    if stage.levels != 3 or not memory.touched:
+        return {}
+    at, entry = next(iter(memory.touched.items()))
+    mended = Sparse(memory.touched | {at: entry & ~PDPTE_RESERVED}, memory.limit)
+    outcome = second_stage.translate(stage, mended, access)
+    flag = (Update(at, ACCESSED),)
+    if isinstance(outcome, Translated):
+        return {PDPTE_IS_CARELESS.name: replace(outcome, updates=flag + outcome.updates)}
+    assert isinstance(outcome, NestedPageFault | OutsideMemory)
+    return {PDPTE_IS_CARELESS.name: replace(outcome, may_update=flag + outcome.may_update)}
 
 
 def _without_bit_8(

@@ -195,6 +195,8 @@ idle:
     je legacy_32
     cmp eax, LEGACY_PAE
     je legacy_pae
+    cmp eax, SVM_PAE
+    je svm_pae
     jmp long_mode
 
 feature:
@@ -290,6 +292,92 @@ legacy_done:
     mov cr4, eax
     mov [COMMAND], eax
     jmp idle
+
+; SVM with a host in PAE paging, which the nested tables then have the format of. The guest is in
+; 64-bit mode as under `svm` below; the addresses that it starts with have 32 bits.
+svm_pae:
+    mov eax, CR4_OWN | PAE
+    mov ebx, ROOT_PAE
+    mov cr4, eax
+    mov cr3, ebx
+    mov eax, CR0_OWN
+    mov cr0, eax
+    mov ecx, IA32_EFER
+    mov eax, 0x1000
+    xor edx, edx
+    wrmsr
+    mov ecx, 0xC0010117         ; VM_HSAVE_PA
+    mov eax, HSAVE
+    wrmsr
+.next:
+    cmp dword [LEFT], 0
+    je .end
+    mov edi, [CURRENT]
+    call poke_32
+    mov ecx, IA32_EFER
+    mov eax, [edi + VECTOR]
+    xor edx, edx
+    wrmsr
+    mov ebp, [edi + BASE]
+%macro COPY 4                   ; 8 bytes: to base and offset, from base and offset
+    mov eax, [%3 + %4]
+    mov [%1 + %2], eax
+    mov eax, [%3 + %4 + 4]
+    mov [%1 + %2 + 4], eax
+%endmacro
+    COPY ebp, 0x558, edi, CR0_
+    COPY ebp, 0x550, edi, CR3_
+    COPY ebp, 0x548, edi, CR4_
+    COPY ebp, 0x4d0, edi, EFER_
+    or dword [ebp + 0x4d0], 0x1000
+    COPY ebp, 0x570, edi, FLAGS_
+    COPY ebp, 0x578, edi, RIP_
+    COPY ebp, 0x0b0, edi, STAGE
+    xor eax, eax
+    mov [ebp + 0x0c0], eax      ; no VMCB field is cached
+%macro CLEAR 1
+    mov [ebp + %1], eax
+    mov [ebp + %1 + 4], eax
+%endmacro
+    CLEAR 0x0a8
+    CLEAR 0x640
+    CLEAR 0x070
+    CLEAR 0x078
+    CLEAR 0x080
+    CLEAR 0x5f8
+    mov byte [ebp + 0x090], 1
+    mov dword [ebp + 0x05c], 1  ; flush the TLB
+    mov ebx, [edi + ADDRESS]
+    mov esi, ebx
+    xor esi, 8
+    movzx ecx, byte [edi + MARKER]
+    xor edx, edx
+    mov eax, ebp
+    clgi
+    vmrun
+    mov esp, STACK
+    mov edi, [CURRENT]
+    mov ebp, [edi + BASE]
+    mov [edi + DATA + 4], edx
+    mov eax, [ebp + 0x5f8]
+    mov [edi + DATA], eax
+    COPY edi, VECTOR, ebp, 0x070
+    COPY edi, CODE, ebp, 0x078
+    COPY edi, FAULT, ebp, 0x080
+    COPY edi, WHERE, ebp, 0x578
+    COPY edi, EVENT, ebp, 0x088
+    call gather_32
+    mov eax, [STRIDE]
+    add [CURRENT], eax
+    dec dword [LEFT]
+    jmp .next
+.end:
+    stgi
+    mov ecx, IA32_EFER
+    xor eax, eax
+    xor edx, edx
+    wrmsr
+    jmp legacy_done
 
 ; Load the descriptor tables of the world at EBP.
 world_32:

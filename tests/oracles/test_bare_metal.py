@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from vapama import oracle_batches, oracle_runs
+from vapama.case import BadInput
 from vapama.oracles import departures, native
 from vapama.oracles import machine as machines
 from vapama.oracles.bare_metal import BareMetal
@@ -18,7 +19,7 @@ from vapama.oracles.bochs import bochs
 from vapama.oracles.departures import Disagreement, named
 from vapama.oracles.emulator import CannotStart, MachineDied
 from vapama.oracles.qemu import qemu
-from vapama.spec import domains, nested, second_stage
+from vapama.spec import domains, nested, npt, second_stage
 from vapama.spec.access import Access, GuestPhysicalAccess
 from vapama.spec.cpu import (
     AC,
@@ -57,6 +58,7 @@ from vapama.spec.outcomes import (
 from vapama.spec.paging import translate
 from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.subject import NotCovered, agree
+from vapama.subjects import load_subject
 
 MAKERS = {"qemu": qemu, "bochs": bochs}
 ADDRESS = 0x1234_5678_9ABC
@@ -248,6 +250,25 @@ def test_a_mistaken_walk_of_both_stages_is_found_out(
     tally = oracle_runs.run(subject, 1_500, seed=1)
     assert tally.differences
     assert all(" under " in found.case.mode for found in tally.differences)
+
+
+@pytest.mark.parametrize("name", ["qemu,maxphyaddr=52", "bochs,model=ryzen"])
+def test_nested_tables_of_other_hosts_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        machine = load_subject(name).subject
+    except BadInput as why:
+        pytest.skip(str(why))
+    hosts = {"NPT", "NPT, PAE host"} | ({"NPT of 5 levels"} if "qemu" in name else set())
+    try:
+        tally = oracle_runs.run(machine, 3_000, seed=6)
+        assert not tally.differences, oracle_runs.as_json(tally)
+        assert hosts <= {mode for mode, _ in tally.agreed}
+        # As if PDPTEs of PAE paging had rights.
+        monkeypatch.setattr(npt, "has_rights", lambda host, level: True)
+        found = oracle_runs.run(machine, 500, seed=6).differences
+        assert {difference.case.mode for difference in found} == {"NPT, PAE host"}
+    finally:
+        machine.machine.end()
 
 
 # DEPARTURES
