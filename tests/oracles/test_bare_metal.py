@@ -265,7 +265,7 @@ def test_nested_tables_of_other_hosts_agree(name: str, monkeypatch: pytest.Monke
         assert hosts <= {mode for mode, _ in tally.agreed}
         # As if PDPTEs of PAE paging had rights.
         monkeypatch.setattr(npt, "has_rights", lambda host, level: True)
-        found = oracle_runs.run(machine, 500, seed=6).differences
+        found = oracle_runs.run(machine, 1_500, seed=6).differences
         assert {difference.case.mode for difference in found} == {"NPT, PAE host"}
     finally:
         machine.machine.end()
