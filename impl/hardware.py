@@ -107,15 +107,20 @@ class Frames:
         for first in range((self.total - count) // count * count, 0, -count):
             run = range(first, first + count)
             if free.issuperset(run):
-                self.free_list = [frame for frame in self.free_list if frame not in run]
+                taken = set(run)
+                self.free_list = [frame for frame in self.free_list if frame not in taken]
                 return first
         return None
 
-    def give(self, frame: int) -> None:
-        """Free a frame, and clear it."""
+    def give(self, frame: int, places: Sequence[int] | None = None) -> None:
+        """Free a frame, and clear it: its words are at `places`, if it is known where."""
         if self.on_free is not None:
             self.on_free(frame)
-        self.ram.clear(frame)
+        if places is None:
+            self.ram.clear(frame)
+        else:
+            for place in places:
+                del self.ram[place]
         self.free_list.append(frame)
 
     def give_blank(self, frames: Sequence[int]) -> None:

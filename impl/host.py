@@ -139,7 +139,8 @@ class Backing:
         """
         target = self.frames.take()
         self.revoke(page)
-        self.frames.ram.copy_page(self.frame[page], target)
+        assert self.merger is not None
+        self.merger.copy(self.frame[page], target)
         self.leave(page)
         self.frame[page] = target
 
@@ -234,8 +235,9 @@ class Backing:
                 self.leave(each)
             elif frame is not None:
                 blank.append(frame)
-            for index, word in self.copies.pop(each, {}).items():
-                ram[target << 9 | index] = word
+            if each in self.copies:
+                for index, word in self.copies.pop(each).items():
+                    ram[target << 9 | index] = word
         self.frames.give_blank(blank)
         self.frame.update(zip(pages, targets, strict=True))
         self.huge.add(block)
@@ -269,6 +271,10 @@ class Merger:
         """The pages that use a frame read-only."""
         for backing in backings:
             backing.merger = self
+        self.places: dict[int, list[int]] = {}
+        """Where in memory the words of a shared frame are, which stay what they are; and those of
+        the frames that the last scan looked at, as they were.
+        """
         self.ksm = Ksm(self, use_zero_pages=int(zero_pages))
 
     def scan(self) -> None:
@@ -284,7 +290,17 @@ class Merger:
         places = places[wanted[places >> 9]]
         words = map(ram.__getitem__, places.tolist())
         self.contents.reshape(-1)[places] = np.fromiter(words, np.uint64, len(places))
+        for frame in np.flatnonzero(wanted).tolist():
+            self.places[frame] = []
+        for place in places.tolist():
+            self.places[place >> 9].append(place)
         self.ksm.scan()
+
+    def copy(self, frame: int, target: int) -> None:
+        """Copy the words of a shared frame to one that has none."""
+        ram, shift = self.frames.ram, target - frame << 9
+        for place in self.places[frame]:
+            ram[place + shift] = ram[place]
 
     def left(self, frame: int, backing: Backing, page: int) -> None:
         """A page uses a shared frame no longer: with the last the frame is free."""
@@ -295,11 +311,12 @@ class Merger:
             if frame == self.zero:
                 self.zero = None
             self.ksm.freed(frame)
-            self.frames.give(frame)
+            self.frames.give(frame, self.places.pop(frame))
 
     def moves(self, frame: int, target: int) -> list[tuple[Backing, int]]:
         """A shared frame is moved to another: who uses it."""
         users = self.users[target] = self.users.pop(frame)
+        self.places[target] = [place + (target - frame << 9) for place in self.places.pop(frame)]
         if frame == self.zero:
             self.zero = target
         self.ksm.moved(frame, target)

@@ -210,23 +210,40 @@ class Backing:
 # Transparent huge pages
 
 
+class Kin:
+    """A process and those forked from it, and what frames they were given."""
+
+    def __init__(self) -> None:
+        self.alive: list[Transparent] = []
+        """Their blocks, the oldest process first."""
+        self.next = Transparent.PAGES
+        self.runs: set[int] = set()
+        """The first frames of runs of 512."""
+
+
 class Transparent:
     """A block of 512 pages of a process, private and anonymous: its entry in the page directory,
     and its table, as arrays of frames (-1: none, 0: the zero page) and of contents.
 
-    Frames are given out in runs from an ever higher one, so that no number comes again.
+    Frames are given out in runs from an ever higher one, so that no number comes again. A process
+    that was forked shares frames until it is written to; a run is a folio, and shared if any of it
+    is mapped elsewhere.
     """
 
     stateful = True
     PAGES = 512
+    MOST_SHARED = 256
+    """How many pages of a block may be shared if khugepaged is to collapse it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kin: "Kin | None" = None) -> None:
+        self.kin = Kin() if kin is None else kin
+        self.kin.alive.append(self)
         self.table: npt.NDArray[np.int64] | None = None
         """The frames of small pages; None where the directory's entry leads to no table."""
         self.run = -1
         """The first frame of the huge page that the directory's entry maps; -1 if it maps none."""
         self.words: npt.NDArray[np.int64] = np.zeros(self.PAGES, dtype=np.int64)
-        self.next, self.advised = self.PAGES, True
+        self.advised = True
 
     # What the process does
 
@@ -237,8 +254,11 @@ class Transparent:
                 self.run = self._take(self.PAGES)
             else:
                 self.table = np.full(self.PAGES, -1, dtype=np.int64)
-        if self.table is not None and self.table[page] <= 0:
-            self.table[page] = self._take(1)
+        elif self.run > 0 and self._is_shared(np.array([self.run])):
+            self.split(page)
+        table = self.table
+        if table is not None and (table[page] <= 0 or self._is_shared(table[page : page + 1])):
+            table[page] = self._take(1)
         self.words[page] = content
 
     def read(self, page: int) -> int:
@@ -282,6 +302,26 @@ class Transparent:
             self.table, self.run = None, self._take(self.PAGES)
         return True
 
+    def fork(self) -> "Transparent":
+        """A child's block, which maps what this one does."""
+        child = Transparent(self.kin)
+        child.table = None if self.table is None else self.table.copy()
+        child.run, child.words, child.advised = self.run, self.words.copy(), self.advised
+        return child
+
+    def exit(self) -> None:
+        """The process ends."""
+        self.kin.alive.remove(self)
+
+    def daemon(self) -> None:
+        """Let khugepaged scan the blocks of all these processes, the oldest first."""
+        for block in self.kin.alive:
+            if block.table is not None and block.advised:
+                own = block.table[block.table > 0]
+                shared = block._is_shared(own)
+                if len(own) and np.count_nonzero(shared) <= self.MOST_SHARED:
+                    block.collapse()
+
     # What can be observed
 
     def huge(self) -> bool:
@@ -304,9 +344,26 @@ class Transparent:
         """What loads would give."""
         return [int(self.words[page]) for page in pages]
 
+    def _folios(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The first frame of what each of these was given out with."""
+        firsts = frames // self.PAGES * self.PAGES
+        return np.where(np.isin(firsts, list(self.kin.runs)), firsts, frames)
+
+    def _is_shared(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these frames are in a folio that another process maps, all of it or a part."""
+        folios = self._folios(frames)
+        shared = np.zeros(len(frames), dtype=np.bool_)
+        for other in self.kin.alive:
+            if other is not self:
+                theirs = np.array([other.run]) if other.table is None else other.table
+                shared |= np.isin(folios, self._folios(theirs[theirs > 0]))
+        return shared
+
     def _take(self, count: int) -> int:
-        first = -(-self.next // count) * count
-        self.next = first + count
+        first = -(-self.kin.next // count) * count
+        self.kin.next = first + count
+        if count == self.PAGES:
+            self.kin.runs.add(first)
         return first
 
 

@@ -358,6 +358,27 @@ class Mapped(IntEnum):
     """The huge zero page, which only reads have touched."""
 
 
+MAX_PTES_NONE, MAX_PTES_SHARED = 511, 256
+"""How many pages of a block may be missing, and how many be of folios that other processes map too,
+for khugepaged to collapse it. Source: admin-guide/mm/transhuge.rst."""
+
+
+class Family:
+    """A process and those forked from it, each with a block; the folios that they may share."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        """Those of living processes, in the order of their making."""
+        self.folios: dict[int, range] = {}
+        """The frames that were allocated together with each."""
+
+    def allocate(self, count: int) -> int:
+        """The number of the first of so many new frames, which are one folio."""
+        first = len(self.folios)
+        self.folios.update(dict.fromkeys(range(first, first + count), range(first, first + count)))
+        return first
+
+
 class Block:
     """An aligned block of 512 small pages of a process, private and anonymous, under MADV_HUGEPAGE.
 
@@ -366,12 +387,13 @@ class Block:
     mm/khugepaged.c.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, family: Family | None = None) -> None:
         self.contents: dict[int, int] = {}
         self.frames: dict[int, int] = {}
         self.mapped = Mapped.NOTHING
         self.advised = True
-        self.allocated = 0
+        self.family = Family() if family is None else family
+        self.family.blocks.append(self)
 
     @property
     def huge(self) -> bool:
@@ -380,11 +402,12 @@ class Block:
 
     def write(self, page: int, content: int) -> None:
         """Store to a page. The first touch of an empty block maps all of it as one huge page; so
-        does the first store to one that maps the huge zero page.
+        does the first store to one that maps the huge zero page. A page of a folio that another
+        process maps too is copied, and it alone: what maps a huge page is split for that.
         """
         if self.mapped == Mapped.ZERO or (self.mapped == Mapped.NOTHING and self.advised):
             self.allocate_all()
-        elif page not in self.frames:
+        elif page not in self.frames or self.is_shared(page):
             self.frames[page] = self.new_frames(1)
             self.mapped = Mapped.TABLE
         self.contents[page] = content
@@ -425,6 +448,43 @@ class Block:
             self.allocate_all()
         return True
 
+    def fork(self) -> "Block":
+        """The child's block: it maps the same frames, as they are mapped here.
+
+        Source: mm/memory.c, copy_page_range; mm/huge_memory.c, copy_huge_pmd.
+        """
+        child = Block(self.family)
+        child.contents, child.frames = dict(self.contents), dict(self.frames)
+        child.mapped, child.advised = self.mapped, self.advised
+        return child
+
+    def exit(self) -> None:
+        """The process ends: it maps nothing any more."""
+        self.family.blocks.remove(self)
+
+    def is_shared(self, page: int) -> bool:
+        """Whether another process maps a frame of the folio that a page is in.
+
+        Of a large folio it need not be this page's. Source: mm/memory.c, wp_can_reuse_anon_folio;
+        mm/huge_memory.c, do_huge_pmd_wp_page.
+        """
+        folio = self.family.folios[self.frames[page]]
+        others = (block for block in self.family.blocks if block is not self)
+        return any(frame in folio for block in others for frame in block.frames.values())
+
+    def daemon_comes(self) -> None:
+        """The block is scanned by khugepaged: small pages are collapsed if huge ones were advised.
+
+        Not too many of them may be missing, or shared. Source: mm/khugepaged.c,
+        hpage_collapse_scan_pmd.
+        """
+        if not self.advised or self.mapped != Mapped.TABLE:
+            return
+        if SMALL_PAGES - len(self.frames) > MAX_PTES_NONE:
+            return
+        if sum(map(self.is_shared, self.frames)) <= MAX_PTES_SHARED:
+            self.allocate_all()
+
     def allocate_all(self) -> None:
         """A huge page in place of what was there: all is copied to it, holes are zeros."""
         first = self.new_frames(SMALL_PAGES)
@@ -434,8 +494,7 @@ class Block:
 
     def new_frames(self, count: int) -> int:
         """The number of the first of so many new frames."""
-        self.allocated += count
-        return self.allocated - count
+        return self.family.allocate(count)
 
 
 # What a mapping costs

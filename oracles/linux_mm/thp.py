@@ -1,18 +1,20 @@
 """Linux' transparent huge pages as a subject: a block of 2 MBytes of a process under test.
 
 Huge pages are for whoever asks (`madvise`), of 2 MBytes alone, and khugepaged sleeps, so that a
-block becomes huge when it is first touched or collapsed, and not by itself.
+block becomes huge when it is first touched or collapsed, and not by itself. A program may wake
+khugepaged for one scan of all: it does so when its `scan_sleep_millisecs` is written.
 """
 
 import errno
 import os
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from vapama.oracles.linux_mm.child import PAGE
-from vapama.oracles.linux_mm.knobs import Unavailable
+from vapama.oracles.linux_mm.knobs import Unavailable, read
 from vapama.oracles.linux_mm.processes import (
     COLLAPSE,
     DONTNEED,
@@ -24,12 +26,15 @@ from vapama.oracles.linux_mm.processes import (
     Kernel,
     content_of,
 )
+from vapama.spec.hugepages import MAX_PTES_NONE, MAX_PTES_SHARED
 from vapama.spec.subject import THP, Capabilities
 
 FOLDER = "/sys/kernel/mm/transparent_hugepage/"
 SIZE, PAGES = 2 << 20, 512
-PARKED = 0xFFFF_FFFF
+PARKED = (0xFFFF_FFFF, 0xFFFF_FFFE)
+PATIENCE_SECONDS = 5.0
 READ, READ_AND_WRITE = 1, 3
+SCANS = FOLDER + "khugepaged/full_scans"
 HUGE = re.compile(rb"AnonHugePages: +([0-9]+) kB")
 
 
@@ -53,13 +58,28 @@ class LinuxThp(Kernel):
             ("defrag", "madvise"),
             ("use_zero_page", 1),
             ("shrink_underused", 0),
-            ("khugepaged/scan_sleep_millisecs", PARKED),
+            ("khugepaged/scan_sleep_millisecs", PARKED[0]),
+            ("khugepaged/pages_to_scan", 0xFFFF_FFFF),
+            ("khugepaged/max_ptes_none", MAX_PTES_NONE),
+            ("khugepaged/max_ptes_shared", MAX_PTES_SHARED),
+            ("khugepaged/max_ptes_swap", 0),
+            ("khugepaged/defrag", 1),
         ):
             if os.path.exists(FOLDER + name):
                 self.knobs.set(FOLDER + name, value)
         for size in Path(FOLDER).glob("hugepages-*kB/enabled"):
             value = "inherit" if size.parent.name == "hugepages-2048kB" else "never"
             self.knobs.set(str(size), value)
+
+    def scan(self) -> None:
+        """Have khugepaged scan all memory once. Raises `Unavailable` if it does not."""
+        knob = FOLDER + "khugepaged/scan_sleep_millisecs"
+        done, until = int(read(SCANS)), time.monotonic() + PATIENCE_SECONDS
+        self.knobs.set(knob, PARKED[int(read(knob)) == PARKED[0]])
+        while int(read(SCANS)) == done:
+            if time.monotonic() > until:
+                raise Unavailable("khugepaged does not scan when it is asked to")
+            time.sleep(0.0002)
 
     def thp(self) -> "LinuxBlock":
         """A block in which nothing is mapped; whatever ran before is ended."""
@@ -72,16 +92,42 @@ class LinuxBlock:
     """An aligned block of a process under test, private and anonymous, under MADV_HUGEPAGE."""
 
     stateful = True
+    ended = False
 
-    def __init__(self, kernel: LinuxThp) -> None:
-        self.salt = kernel.salt
-        self.child: Child = kernel.parent.fork()
+    def __init__(self, kernel: LinuxThp, parent: "LinuxBlock | None" = None) -> None:
+        self.kernel, self.salt = kernel, kernel.salt
+        self.child: Child = (kernel.parent if parent is None else parent.child).fork()
+        self.children: list[LinuxBlock] = []
+        self.smaps = os.open(f"/proc/{self.child.pid}/smaps", os.O_RDONLY)
+        self.base: int
+        self.zeros: set[int | None]
+        """The zero pages, which count as no frames of the block's own."""
+        if parent is not None:
+            self.base, self.zeros = parent.base, parent.zeros
+            return
         start = self.child.ask(b"m", 4 * SIZE, MAP_PRIVATE | MAP_ANONYMOUS)
         self.base = (start // SIZE + 1) * SIZE
-        self.smaps = os.open(f"/proc/{self.child.pid}/smaps", os.O_RDONLY)
-        # The zero pages count as no frames of the block's own.
         self.zeros = self._zero_frames()
+        # A fork copies the tables of areas that were written to alone.
+        self.child.ask(b"w", self.base, 1, self.salt)
+        self.child.ask(b"a", self.base, SIZE, DONTNEED)
         self.advise(1)
+
+    def fork(self) -> "LinuxBlock":
+        """The same block in a child of the process."""
+        child = LinuxBlock(self.kernel, self)
+        self.children.append(child)
+        return child
+
+    def exit(self) -> None:
+        """End the process alone."""
+        os.close(self.smaps)
+        self.child.end()
+        self.ended = True
+
+    def daemon(self) -> None:
+        """Wake khugepaged for one scan."""
+        self.kernel.scan()
 
     def _zero_frames(self) -> set[int | None]:
         """The frames of the small zero page, and of the huge one."""
@@ -97,9 +143,10 @@ class LinuxBlock:
         return found - {None}
 
     def end(self) -> None:
-        """End the process."""
-        os.close(self.smaps)
-        self.child.end()
+        """End the process, and its children."""
+        for process in (*self.children, self):
+            if not process.ended:
+                process.exit()
 
     def _at(self, page: int) -> int:
         return self.base + page * PAGE

@@ -4,7 +4,7 @@ What concerns words is proved for any number of pages; programs on a pool go to 
 and to the running kernel alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -547,6 +547,9 @@ class Touch(IntEnum):
     SPLIT = 3
     COLLAPSE = 4
     ADVISE = 5
+    FORK = 6
+    EXIT = 7
+    DAEMON = 8
 
 
 TOUCHES = (
@@ -558,13 +561,19 @@ TOUCHES = (
 )
 
 
-def touch_word(what: Touch, page: int = 0, count: int = 0, content: int = 0) -> int:
+BESIDES = (*(Touch.FORK,) * 3, Touch.EXIT, *(Touch.DAEMON,) * 2)
+"""What bits 17:14 of a step stand for, from 10 on: what concerns processes."""
+
+
+def touch_word(what: Touch, page: int = 0, count: int = 0, content: int = 0, child: int = 0) -> int:
     """The word that a step is decoded from."""
-    return TOUCHES.index(what) | page << 4 | count << 7 | content << 9
+    if what in BESIDES:
+        return 10 + BESIDES.index(what) << 14
+    return TOUCHES.index(what) | page << 4 | count << 7 | content << 9 | child << 13
 
 
 TOUCH = Domain(
-    free=low_bits(13),
+    free=low_bits(18),
     scope=(
         touch_word(Touch.WRITE, 3, 0, 5),
         touch_word(Touch.DISCARD, 3),
@@ -574,59 +583,94 @@ TOUCH = Domain(
         touch_word(Touch.READ),
         touch_word(Touch.ADVISE),
         touch_word(Touch.WRITE, 0, 0, 7),
+        touch_word(Touch.FORK),
+        touch_word(Touch.WRITE, 3, 0, 6, 1),
+        touch_word(Touch.DAEMON),
     ),
 )
 
 
 @invariant(
-    source="Linux, admin-guide/mm/transhuge.rst; mm/khugepaged.c",
-    reaches=("huge", "split", "collapsed", "refused"),
+    source="Linux, admin-guide/mm/transhuge.rst; mm/khugepaged.c; mm/huge_memory.c",
+    reaches=("huge", "split", "collapsed", "refused", "copied", "collapsed by khugepaged"),
     needs=(THP,),
     twin="a-collapse-wants-every-page",
     searched="a program over objects",
 )
 def a_block_is_huge_or_small_as_the_model_says(nondet: Nondet, subject: Any) -> None:
-    """After every step what a block holds, whether it is one huge page, how many pages have frames
-    and what is refused are the model's; a page keeps its frame as long as it does in the model, and
-    no longer, and the frames of a huge page follow each other from an aligned one.
+    """After every step what the blocks of a process and its child hold, whether each is one huge
+    page, how many pages have frames, which of them are shared, and what is refused are the model's;
+    a page keeps its frame as long as it does in the model, and no longer, and the frames of a huge
+    page follow each other from an aligned one.
     """
-    model, block = Block(), subject.thp()
-    before: dict[int, tuple[int, int]] = {}
+    pairs = [(Block(), subject.thp())]
+    before: dict[tuple[int, int], tuple[int, int]] = {}
     for number in range(nondet.word("length", LENGTH)):
         raw = nondet.word(f"step {number}", TOUCH)
-        was_huge = model.huge
-        results = _touch(nondet, raw, model, block)
+        was_huge = [model.huge for model, _ in pairs]
+        results = _touch(nondet, raw, pairs)
         assert results[0] == results[1], "what is refused"
-        assert block.huge() == model.huge, "whether it is huge"
-        assert block.present() == len(model.frames), "how many pages have frames"
-        seen = block.frames(SEEN_PAGES)
-        there = {page: frame for page, frame in zip(SEEN_PAGES, seen, strict=True) if frame}
-        assert there.keys() == model.frames.keys() & set(SEEN_PAGES), "which pages have frames"
-        now = {page: (model.frames[page], frame) for page, frame in there.items()}
-        for page in now.keys() & before.keys():
-            (modelled, frame), (modelled_before, frame_before) = now[page], before[page]
+        now: dict[tuple[int, int], tuple[int, int]] = {}
+        for process, (model, block) in enumerate(pairs):
+            _compare(nondet, model, block, process, now)
+            if not model.huge and model.frames and any(was_huge[process : process + 1]):
+                nondet.reach("split")
+        for place in now.keys() & before.keys():
+            (modelled, frame), (modelled_before, frame_before) = now[place], before[place]
             kept = modelled == modelled_before
             assert kept == (frame == frame_before), "a page has another frame, or should"
+        shared = len(set(now.values()))
+        assert shared == len({modelled for modelled, _ in now.values()}), "which frames are shared"
+        assert shared == len({frame for _, frame in now.values()}), "which frames are shared"
         before = now
-        expected = [model.contents.get(page, 0) for page in SEEN_PAGES]
-        assert block.contents(SEEN_PAGES) == expected, "contents"
-        if model.huge:
-            nondet.reach("huge")
-            first = seen[0]
-            assert first % SMALL_PAGES == 0, "a huge page is not aligned"
-            assert seen == [first + page for page in SEEN_PAGES], "a huge page is in pieces"
-        elif was_huge and model.frames:
-            nondet.reach("split")
-        state = tuple(sorted(model.contents.items())) if not model.huge else tuple(expected)
-        nondet.seen((number, model.mapped, model.advised, state))
+        nondet.seen((number, tuple(_state(pairs))))
 
 
-def _touch(nondet: Nondet, raw: int, model: Block, block: Any) -> tuple[Any, Any]:
+def _compare(
+    nondet: Nondet,
+    model: Block,
+    block: Any,
+    process: int,
+    now: dict[tuple[int, int], tuple[int, int]],
+) -> None:
+    """Compare a block with the model, and note the frames of both."""
+    assert block.huge() == model.huge, "whether it is huge"
+    assert block.present() == len(model.frames), "how many pages have frames"
+    seen = block.frames(SEEN_PAGES)
+    there = {page: frame for page, frame in zip(SEEN_PAGES, seen, strict=True) if frame}
+    assert there.keys() == model.frames.keys() & set(SEEN_PAGES), "which pages have frames"
+    now |= {(process, page): (model.frames[page], frame) for page, frame in there.items()}
+    expected = [model.contents.get(page, 0) for page in SEEN_PAGES]
+    assert block.contents(SEEN_PAGES) == expected, "contents"
+    if model.huge:
+        nondet.reach("huge")
+        first = seen[0]
+        assert first % SMALL_PAGES == 0, "a huge page is not aligned"
+        assert seen == [first + page for page in SEEN_PAGES], "a huge page is in pieces"
+
+
+def _state(pairs: list[tuple[Block, Any]]) -> Iterator[Hashable]:
+    """All that the rest of a program depends on: frames by the order in which they are met."""
+    labels: dict[int, int] = {}
+    for model, _ in pairs:
+        yield model.mapped, model.advised, tuple(sorted(model.contents.items()))
+        for page, frame in sorted(model.frames.items()):
+            folio = model.family.folios[frame]
+            label = labels.setdefault(folio.start, len(labels))
+            yield page, label, frame - folio.start, len(folio)
+
+
+def _touch(nondet: Nondet, raw: int, pairs: list[tuple[Block, Any]]) -> tuple[Any, Any]:
     """Do a step to both; what each says of it."""
     what, page = TOUCHES[(raw & 0xF) % len(TOUCHES)], SEEN_PAGES[raw >> 4 & 7]
     count, content = COUNTS[raw >> 7 & 3], raw >> 9 & 0xF
+    if raw >> 14 >= 10:
+        what = BESIDES[(raw >> 14) - 10]
+    model, block = pairs[(raw >> 13 & 1) % len(pairs)]
     match what:
         case Touch.WRITE:
+            if page in model.frames and model.is_shared(page):
+                nondet.reach("copied")
             model.write(page, content)
             block.write(page, content)
         case Touch.READ:
@@ -646,4 +690,25 @@ def _touch(nondet: Nondet, raw: int, model: Block, block: Any) -> tuple[Any, Any
         case Touch.ADVISE:
             model.advised = not model.advised
             block.advise(int(model.advised))
+        case _:
+            _processes(nondet, what, pairs)
     return None, None
+
+
+def _processes(nondet: Nondet, what: Touch, pairs: list[tuple[Block, Any]]) -> None:
+    """Fork a child, if there is none, or end it; or let khugepaged come by."""
+    model, block = pairs[0]
+    match what:
+        case Touch.FORK if len(pairs) == 1:
+            pairs.append((model.fork(), block.fork()))
+        case Touch.EXIT if len(pairs) == 2:
+            child, its_block = pairs.pop()
+            child.exit()
+            its_block.exit()
+        case Touch.DAEMON:
+            for each, _ in pairs:
+                before = each.huge
+                each.daemon_comes()
+                if each.huge and not before:
+                    nondet.reach("collapsed by khugepaged")
+            block.daemon()
