@@ -42,6 +42,8 @@ class LinuxThp(Kernel):
     """The running kernel. Raises `Unavailable` where it cannot be driven."""
 
     capabilities = Capabilities(observes=frozenset({THP}), confirmations=3)
+    forked = False
+    """Whether the program that runs has forked."""
 
     def __init__(self) -> None:
         if not os.path.isdir(FOLDER):
@@ -71,6 +73,24 @@ class LinuxThp(Kernel):
             value = "inherit" if size.parent.name == "hugepages-2048kB" else "never"
             self.knobs.set(str(size), value)
 
+        self.helper = self.parent.fork()
+        start = self.helper.ask(b"m", 2 * SIZE, MAP_PRIVATE | MAP_ANONYMOUS)
+        self.huge_at = -(-start // SIZE) * SIZE
+        self.helper.ask(b"a", self.huge_at, SIZE, HUGEPAGE)
+        self.helper.ask(b"w", self.huge_at, 1, self.salt)
+
+    def close(self) -> None:
+        """End all processes and restore the knobs."""
+        if self.started:
+            self.helper.end()
+        super().close()
+
+    def settle(self) -> None:
+        """Have no processor hold pages that it has yet to put on a list: whether a page is written
+        in place depends on its count of uses. A collapse, here of what is huge, sees to that.
+        """
+        self.helper.ask(b"a", self.huge_at, SIZE, COLLAPSE)
+
     def scan(self) -> None:
         """Have khugepaged scan all memory once. Raises `Unavailable` if it does not."""
         knob = FOLDER + "khugepaged/scan_sleep_millisecs"
@@ -84,6 +104,7 @@ class LinuxThp(Kernel):
     def thp(self) -> "LinuxBlock":
         """A block in which nothing is mapped; whatever ran before is ended."""
         self.begin()
+        self.forked = False
         self.running = running = LinuxBlock(self)
         return running
 
@@ -115,6 +136,7 @@ class LinuxBlock:
 
     def fork(self) -> "LinuxBlock":
         """The same block in a child of the process."""
+        self.kernel.forked = True
         child = LinuxBlock(self.kernel, self)
         self.children.append(child)
         return child
@@ -155,6 +177,8 @@ class LinuxBlock:
 
     def write(self, page: int, content: int) -> None:
         """Store a content to a page."""
+        if self.kernel.forked:
+            self.kernel.settle()
         self.child.ask(b"w", self._at(page), content, self.salt)
 
     def read(self, page: int) -> int:
