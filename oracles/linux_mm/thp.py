@@ -26,13 +26,14 @@ from vapama.oracles.linux_mm.processes import (
     Kernel,
     content_of,
 )
-from vapama.spec.hugepages import MAX_PTES_NONE, MAX_PTES_SHARED
 from vapama.spec.subject import THP, Capabilities
 
 FOLDER = "/sys/kernel/mm/transparent_hugepage/"
 SIZE, PAGES = 2 << 20, 512
 PARKED = (0xFFFF_FFFF, 0xFFFF_FFFE)
 PATIENCE_SECONDS = 5.0
+MAX_PTES_NONE, MAX_PTES_SHARED = 511, 256
+"""How many pages may be missing, and shared, for khugepaged to collapse a block: its defaults."""
 READ, READ_AND_WRITE = 1, 3
 SCANS = FOLDER + "khugepaged/full_scans"
 HUGE = re.compile(rb"AnonHugePages: +([0-9]+) kB")
