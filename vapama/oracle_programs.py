@@ -495,21 +495,24 @@ def _stored_beyond(shown: _Shown, step: Store, beyond: Callable[[Access], Iterab
 
 
 def _marks_page_0_dirty(shown: _Shown) -> bool:
-    """A load from a device in the first page of linear addresses set the entry's dirty flag."""
+    """A load from a device in the first page of linear addresses set the entry's dirty flag; or a
+    fetch, which besides was not emulated.
+    """
     seen, number, step = shown.seen(), shown.step.guest, shown.step
-    if not isinstance(seen, Loaded) or step.access.address >> 12:
+    if not isinstance(step, Load) or step.access.address >> 12:
         return False
-    leaves = {
-        outcome.updates[-1].address
-        for outcome in shown.outcomes()
-        if isinstance(outcome, Translated) and not shown.is_writable(outcome.pa)
-    }
+    pages = [outcome for outcome in shown.outcomes() if isinstance(outcome, Translated)]
+    beyond = [page for page in pages if not shown.is_writable(page.pa)]
+    leaves = {page.updates[-1].address for page in beyond}
     leaves = {leaf for leaf in leaves if shown.is_writable(leaf)}
+    could_be: list[Seen] = [seen] if isinstance(seen, Loaded) else []
+    if k.was_emulated(step, shown.result, 0):
+        could_be += [Loaded(load_bytes(shown.guest.load, page.pa, 8)) for page in beyond]
 
     def clean(guest: int, address: Word) -> Word:
         return shown.look(guest, address) & ~((guest == number and address in leaves) * DIRTY)
 
-    if not shown.allows(seen, clean):
+    if not any(shown.allows(instead, clean) for instead in could_be):
         return False
     for leaf in leaves:
         shown.guest.write(leaf, shown.look(number, leaf))
