@@ -251,7 +251,7 @@ class Machine:
             (
                 sorted(guest.map.backing.items()),
                 sorted(guest.map.slots.items()),
-                sorted(guest.history.written.items()),
+                sorted((a, list(held.items())) for a, held in guest.history.held.items()),
                 [(list(p.contexts), p.invalidations) for p in guest.processors],
                 sorted((number, sorted(gfns)) for number, gfns in guest.dirty.items()),
                 guest.edited,
@@ -374,9 +374,13 @@ class _Judged:
         return {a: word for a, word in now.items() if word != self.machine.load(a)}
 
     def _ways(self) -> Iterator[Way]:
-        """Every way that the access may go, that with nothing cached first."""
-        fresh = tuple(self._fresh(piece) for piece in self.pieces)
-        yield Way(fresh, tuple(update for outcome in fresh for update in _sets(outcome)))
+        """Every way that the access may go, that with nothing cached first.
+
+        That is among those that a cache allows; while there is no other it is found sooner alone.
+        """
+        if not self.machine.edited:
+            fresh = tuple(self._fresh(piece) for piece in self.pieces)
+            yield Way(fresh, tuple(update for outcome in fresh for update in _sets(outcome)))
         each = [list(self._allowed(piece)) for piece in self.pieces]
         for combined in product(*each):
             must = tuple(update for way in combined for update in way.must)
@@ -511,12 +515,14 @@ class _Judged:
             assert isinstance(outcome, Translated)
             if not self._is_writable(outcome.pa):
                 continue
-            for i in range(piece.size):
-                address, shift = outcome.pa + i & ~7, (outcome.pa + i & 7) * 8
-                word, written = self.stored.get(address, (self.machine.load(address), 0))
-                byte = self.value >> piece.shift + 8 * i & 0xFF
-                word = word & ~(0xFF << shift) & WORD | byte << shift
-                self.stored[address] = word, written | 0xFF << shift
+            first, shift = outcome.pa & ~7, (outcome.pa & 7) * 8
+            mask = (1 << 8 * piece.size) - 1 << shift
+            value = self.value >> piece.shift << shift & mask
+            for address, its in ((first, mask & WORD), (first + 8, mask >> 64)):
+                if its:
+                    word, written = self.stored.get(address) or (self.machine.load(address), 0)
+                    part = value & WORD if address == first else value >> 64
+                    self.stored[address] = word & ~its | part, written | its
 
     def _told(self) -> str:
         what = "store" if self.access.write else "fetch" if self.access.fetch else "load"
@@ -589,7 +595,8 @@ def pieces(address: Word, width: int = 64) -> tuple[Piece, ...]:
 
 def load_bytes(load: Callable[[Word], Word], address: Word, size: int) -> Word:
     """So many bytes of memory, all in one page, little-endian."""
-    value = 0
-    for i in range(size):
-        value |= (load(address + i & ~7) >> (address + i & 7) * 8 & 0xFF) << 8 * i
-    return value
+    first, shift = address & ~7, (address & 7) * 8
+    value = load(first) >> shift
+    if shift + 8 * size > 64:
+        value |= load(first + 8) << 64 - shift
+    return value & (1 << 8 * size) - 1

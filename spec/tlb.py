@@ -21,7 +21,7 @@ In short, for those who build on this:
     assert processor.allows(access, outcome)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
@@ -49,7 +49,9 @@ KEEP = 1 << 63
 """Bit 63 of the operand of MOV to CR3, with CR4.PCIDE: nothing need be invalidated."""
 
 Times: TypeAlias = int
-"""A set of times: bit t is 1 if time t is in it. Time passes by one at each write and operation."""
+"""A set of times: bit t is 1 if time t is in it (a negative one has all from some time on). Time
+passes by one at each write and operation.
+"""
 
 
 class History:
@@ -59,47 +61,30 @@ class History:
         self.memory = memory
         self.limit: Word = memory.limit
         self.time = 0
-        self.written: dict[Word, list[tuple[int, Word]]] = {}
-        """What was written to an address, and when."""
+        self.held: dict[Word, dict[Word, Times]] = {}
+        """The values that an address has had which was written to, and when: the value of now is
+        the last, and has all times from then on.
+        """
 
     def write(self, address: Word, value: Word) -> None:
         """Put `value` into the entry at `address`."""
         self.time += 1
-        self.written.setdefault(address, []).append((self.time, value))
-
-    def writes(self, address: Word) -> Sequence[tuple[int, Word]]:
-        """The times and values of all writes to an address."""
-        return self.written.get(address, ())
+        held = self.held.setdefault(address, {})
+        if held:
+            held[next(reversed(held))] &= (1 << self.time) - 1
+        else:
+            held[self.memory.load(address)] = (1 << self.time) - 1
+        held[value] = held.pop(value, 0) | -(1 << self.time)
 
     def load(self, address: Word) -> Word:
         """The entry at `address` as it is now."""
-        writes = self.writes(address)
-        return writes[-1][1] if writes else self.memory.load(address)
+        held = self.held.get(address)
+        return self.memory.load(address) if held is None else next(reversed(held))
 
-    def values(self, address: Word) -> Iterator[tuple[Word, Times]]:
+    def values(self, address: Word) -> Iterable[tuple[Word, Times]]:
         """The values that the entry at `address` has had, and when, the value of now first."""
-        until = self.time + 1
-        for time, value in reversed(self.writes(address)):
-            yield value, (1 << until) - (1 << time)
-            until = time
-        yield self.memory.load(address), (1 << until) - 1
-
-
-class Listed(History):
-    """A history whose addresses may be symbols: it compares them, and looks none up."""
-
-    def __init__(self, memory: Memory) -> None:
-        super().__init__(memory)
-        self.list: list[tuple[int, Word, Word]] = []
-
-    def write(self, address: Word, value: Word) -> None:
-        """Put `value` into the entry at `address`."""
-        self.time += 1
-        self.list.append((self.time, address, value))
-
-    def writes(self, address: Word) -> Sequence[tuple[int, Word]]:
-        """The times and values of all writes to an address."""
-        return [(time, value) for time, where, value in self.list if where == address]
+        held = self.held.get(address)
+        return ((self.memory.load(address), -1),) if held is None else reversed(held.items())
 
 
 class Tag(NamedTuple):
@@ -446,7 +431,8 @@ class _NoSuchWalk(Exception):
 class _Reading:
     """Memory as a stale walk reads it, and what may be cached of the walk so far.
 
-    `before` is when the walk so far may have been made, `now` left out. `cached` is how many of
+    `before` is when the walk so far may have been made, `now` left out; `running` when the
+    processor ran with the tag, and so could go on with it. `cached` is how many of
     its reads may be from a paging-structure cache, if all others are of the present; None if it
     has others.
     """
@@ -458,10 +444,12 @@ class _Reading:
         address: Word,
         tag: Tag,
         root: Times,
+        running: Times,
         ours: Condition,
         choices: Sequence[int],
     ) -> None:
         self.processor, self.address, self.tag, self.ours = processor, address, tag, ours
+        self.running = running
         self.limit: Word = processor.history.limit
         self.mode = cpu.mode
         self.levels = self.mode.levels
@@ -481,7 +469,7 @@ class _Reading:
         self.pass_on()
         earlier = self.before
         if self.reads:
-            earlier &= self.processor._running(self.tag)
+            earlier &= self.running
 
         # THE VALUES THAT IT MAY READ NEXT
         options: list[tuple[Word, Times, int | None]] = []
@@ -569,8 +557,9 @@ def _each_walk(
 ) -> Iterator[tuple[Outcome, _Reading]]:
     """Every walk from the root of `cpu`: as often as there are choices of what to read."""
     choices: list[int] = []
+    running = processor._running(tag)
     while True:
-        reading = _Reading(processor, cpu, address, tag, times, ours, choices)
+        reading = _Reading(processor, cpu, address, tag, times, running, ours, choices)
         with suppress(_NoSuchWalk):
             yield translate(cpu, reading, access), reading
         while reading.taken and reading.taken[-1][0] + 1 == reading.taken[-1][1]:
