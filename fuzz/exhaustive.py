@@ -2,12 +2,14 @@
 
 Each draw takes every representative of its domain (`Domain.scope`), each choice every option, so
 that "held" means that all of them were run. A scope too large for the budget is undecided, never
-passed over. `Nondet.seen` lets an invariant over machine states cut what was explored before.
+passed over. `Nondet.seen` lets an invariant over machine states cut what was explored before, and
+`Nondet.kept` lets a run go on from where an earlier one was, without the steps that led there.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 from vapama.fuzz.random_engine import Failed as FailedRun
 from vapama.fuzz.random_engine import conclude
@@ -21,11 +23,19 @@ from vapama.runs import (
     recorded,
 )
 from vapama.spec.domains import Domain
-from vapama.spec.nondet import Invariant, Reject
+from vapama.spec.nondet import Cloned, Going, Invariant, Reject
 from vapama.verdict import HELD, UNDECIDED, Verdict
 
 ENGINE = "exhaustive"
 Progress = Callable[[int], None]
+
+
+class Kept(NamedTuple):
+    """Where a run was after so many choices, and what it had drawn."""
+
+    choices: int
+    trail: list[tuple[Any, Any]]
+    going: Any
 
 
 class Enumeration(Concrete):
@@ -39,7 +49,12 @@ class Enumeration(Concrete):
         self.choices: list[tuple[int, int]] = []
         """Index taken and number of options, for each choice of the current run."""
         self.at = 0
-        self.states: set[Hashable] = set()
+        self.states: dict[Hashable, int] = {}
+        """The states met so far, each with the most steps that were left there."""
+        self.checked: set[Hashable] = set()
+        """What `first` was asked of."""
+        self.stack: list[Kept] = []
+        """Where the current run was, and runs that begin with the same choices go on from."""
 
     def draw(self, name: DrawName, domain: Domain) -> int:
         """One of the domain's representatives."""
@@ -61,20 +76,52 @@ class Enumeration(Concrete):
         self.at += 1
         return taken
 
-    def seen(self, state: Hashable) -> bool:
-        """End the run if the state was met before, past the choices that led there first."""
+    def seen(self, state: Hashable, left: int = 0) -> bool:
+        """End the run if the state was met before, past the choices that led there first, with as
+        many steps left.
+        """
         if self.at < len(self.choices):
             return False
         state = state() if callable(state) else state
-        if state in self.states:
+        before = self.states.get(state)
+        if before is not None and left <= before:
             raise Reject
-        self.states.add(state)
+        self.states[state] = left
+        return before is None
+
+    def first(self, state: Hashable) -> bool:
+        """Whether the state was not met before."""
+        known = len(self.checked)
+        self.checked.add(state() if callable(state) else state)
+        return len(self.checked) > known
+
+    def begun(self, begin: Callable[[], Going]) -> Going:
+        """A clone of what was kept last, with the choices that led there; what is kept goes with
+        the last of the options there.
+        """
+        if not self.stack:
+            return begin()
+        choices, trail, going = self.stack[-1]
+        self.at, self.trail = choices, trail.copy()
+        taken, count = self.choices[choices]
+        if choices == len(self.choices) - 1 and taken == count - 1:
+            self.stack.pop()
+            return going  # type: ignore[no-any-return]
+        return going.clone()  # type: ignore[no-any-return]
+
+    def kept(self, going: Cloned) -> bool:
+        """Keep a clone, past the choices that led here first."""
+        if self.at < len(self.choices):
+            return False
+        self.stack.append(Kept(self.at, self.trail.copy(), going.clone()))
         return True
 
     def advance(self) -> bool:
         """Go to the next run: the last choice with an option left takes it. False after the end."""
         while self.choices:
             taken, count = self.choices.pop()
+            if self.stack and self.stack[-1].choices > len(self.choices):
+                self.stack.pop()
             if taken + 1 < count:
                 self.choices.append((taken + 1, count))
                 return True
@@ -150,7 +197,7 @@ def run(
         executions=runs,
         known=dict(known),
         detail=f"all {runs:,} cases of width {width}"
-        + (f", {len(nondet.states)} states" if nondet.states else ""),
+        + (f", {len(nondet.states):,} states" if nondet.states else ""),
     )
     conclude(verdict, invariant, subject, nondet.reached, runs - rejected, failed, hang_seconds)
     if failed is None and not complete:

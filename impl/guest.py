@@ -9,7 +9,7 @@ one. What maps guest frames for a real core to walk is the guest's MMU: see `vap
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vapama.impl.hardware import Frames, Ram
+from vapama.impl.hardware import Frames, Ram, shallow
 from vapama.impl.host import Backing, Pool
 from vapama.impl.kernels import large_pages
 from vapama.spec.cpu import Cpu
@@ -35,14 +35,18 @@ class NotRam(Exception):
 class SlotState:
     """A memory slot in use, with its dirty log."""
 
-    __slots__ = ("dirty", "end", "gfn", "log", "number", "page", "readonly")
-
     def __init__(self, number: int, slot: Slot) -> None:
         self.number, self.readonly = number, slot.readonly
         self.gfn, self.end = slot.gfn, slot.gfn + slot.pages
         self.page = slot.page
         self.log = False
         self.dirty: set[int] = set()
+
+    def clone(self) -> "SlotState":
+        """Another like it."""
+        twin = shallow(self)
+        twin.dirty = self.dirty.copy()
+        return twin
 
 
 class SlotsByFrame(dict[int, SlotState | None]):
@@ -70,8 +74,6 @@ class SlotsByFrame(dict[int, SlotState | None]):
 class Vcpu:
     """A virtual processor: the guest's control state, the core it runs on, what it must yet do."""
 
-    __slots__ = ("context", "core", "cpu", "device_page", "exits", "number", "requests")
-
     def __init__(self, number: int, cpu: Cpu, core: Any) -> None:
         self.number, self.cpu, self.core = number, cpu, core
         self.requests = RELOAD | FLUSH
@@ -80,6 +82,12 @@ class Vcpu:
         """What the guest's MMU keeps for this processor."""
         self.device_page: tuple[int, int, int, int] | None = None
         """The page last found to be a device's: linear page, gfn, rights, generation of slots."""
+
+    def clone(self, ram: Ram) -> "Vcpu":
+        """The same on another memory; its context is still that of the first one's MMU."""
+        twin = shallow(self)
+        twin.core = self.core.clone(ram)
+        return twin
 
 
 class Guest:
@@ -117,6 +125,24 @@ class Guest:
         for vcpu in self.vcpus:
             self.mmu.power_on(vcpu)
         self._begin_with(own.image)
+
+    def clone(self, ram: Ram, frames: Frames) -> "Guest":
+        """The same in another memory; nobody is told of what is synchronized."""
+        twin = shallow(self)
+        twin.ram, twin.frames, twin.synced = ram, frames, None
+        twin.backing = self.backing.clone(frames)
+        twin.backing.notify.append(twin.revoked)
+        twin.slots = {number: slot.clone() for number, slot in self.slots.items()}
+        twin.slot_by_gfn = SlotsByFrame(twin.slots)
+        twin.known = self.known.copy()
+        twin.vcpus = [vcpu.clone(ram) for vcpu in self.vcpus]
+        twin.mmu = self.mmu.clone(twin)
+        return twin
+
+    def remembered(self) -> object:
+        """All that later steps depend on and that an audit does not look at."""
+        asked = [(vcpu.requests, vcpu.device_page) for vcpu in self.vcpus]
+        return sorted(self.known.items()), asked, self.mmu.remembered()
 
     def _begin_with(self, image: Mapping[int, int]) -> None:
         """Put words into memory by address, before anything is mapped or logged."""
@@ -187,7 +213,7 @@ class Guest:
         self.ram[frame << 9 | address >> 3 & 511] = word
         self.mark_dirty(slot, gfn)
 
-    def peek(self, address: int) -> int:
+    def peek(self, ram: Ram, address: int) -> int:
         """The word at an aligned address in a slot, wherever it is; nothing changes by it."""
         slot = self.slot_of(address >> 12)
         assert slot is not None
@@ -195,7 +221,7 @@ class Guest:
         frame = self.backing.frame_of(page)
         if frame is None:
             return self.backing.copies.get(page, {}).get(place, 0)
-        return self.ram[frame << 9 | place]
+        return ram[frame << 9 | place]
 
     def mark_dirty(self, slot: SlotState, gfn: int) -> None:
         """Note a write in the slot's dirty log, if it has one."""

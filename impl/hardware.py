@@ -7,12 +7,13 @@ would be wrong to rely on stays visible for as long as the architecture lets it.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from vapama.impl.kernels import ept, legacy, long_mode, npt
 from vapama.spec.anatomy import Cached
 from vapama.spec.cpu import Cpu
 
+Thing = TypeVar("Thing")
 PAGE_WORDS = 512
 ACCESSED, DIRTY = 1 << 5, 1 << 6
 FRAME = 0x000F_FFFF_FFFF_F000
@@ -23,6 +24,13 @@ SHORT_ENTRIES = (PAGING_32, PAGING_32_PSE)
 """Where entries have 4 bytes."""
 LIMIT_WORDS = 1 << 49
 """Machine memory ends, for a walk, where MAXPHYADDR does: tables are checked to lie in frames."""
+
+
+def shallow(thing: Thing) -> Thing:
+    """Another with the same attributes. Who calls it gives it its own of those that change."""
+    twin = object.__new__(type(thing))
+    twin.__dict__.update(thing.__dict__)
+    return twin
 
 
 class Ram(dict[int, int]):
@@ -87,13 +95,17 @@ class NoFrames(Exception):
 class Frames:
     """The frames of machine memory: which are free. The one freed last is given first."""
 
-    __slots__ = ("free_list", "on_free", "ram", "total")
-
     def __init__(self, ram: Ram, count: int) -> None:
         self.ram, self.total = ram, count
         self.free_list = list(range(count - 1, 0, -1))
         self.on_free: Callable[[int], None] | None = None
         """Told of each frame before it is freed."""
+
+    def clone(self, ram: Ram) -> "Frames":
+        """The same of another memory; nobody is told."""
+        twin = shallow(self)
+        twin.ram, twin.free_list, twin.on_free = ram, self.free_list.copy(), None
+        return twin
 
     def take(self) -> int:
         """A frame, whose words are 0. Raises `NoFrames`."""
@@ -151,13 +163,17 @@ class Caching:
     A walk reads one entry a level, from the top.
     """
 
-    __slots__ = ("address", "level", "memory", "read", "tag", "upper")
-
     def __init__(self, memory: Any, upper: Upper) -> None:
         self.memory, self.upper = memory, upper
         self.read = [0] * 6
         """The entries of the last walk, by level."""
         self.address = self.level = self.tag = 0
+
+    def clone(self, memory: Any, upper: Upper) -> "Caching":
+        """The same of another memory, with a cache of its own."""
+        twin = shallow(self)
+        twin.memory, twin.upper, twin.read = memory, upper, self.read.copy()
+        return twin
 
     def start(self, tag: int, address: int, levels: int) -> None:
         """A walk for an address begins."""
@@ -201,25 +217,6 @@ class Core:
     `finish` needs of it; `upper` the entries of upper levels on the way.
     """
 
-    __slots__ = (
-        "code_mask",
-        "levels",
-        "mode",
-        "paging",
-        "path",
-        "pcid",
-        "pdptes",
-        "pkrs",
-        "pkru",
-        "ram",
-        "reserved",
-        "root",
-        "tlb",
-        "upper",
-        "view",
-        "walks",
-    )
-
     def __init__(self, ram: Ram) -> None:
         self.ram = ram
         self.tlb: dict[int, tuple[int, int, int, int, int]] = {}
@@ -231,6 +228,13 @@ class Core:
         self.pdptes: Sequence[int] | None = None
         self.code_mask = 0
         self.walks = 0
+
+    def clone(self, ram: Ram) -> "Core":
+        """The same on another memory."""
+        twin = shallow(self)
+        twin.ram, twin.tlb, twin.upper = ram, self.tlb.copy(), self.upper.copy()
+        twin.view, twin.path = self.view.clone(ram, twin.upper), self.path.copy()
+        return twin
 
     def control(self, cpu: Cpu, root: int, pcid: int) -> None:
         """Run under these control registers (CR3's PCID aside), on the tables at `root`."""
@@ -367,23 +371,6 @@ class TwoStageCore(Core):
     entry says and which rights the second stage gives.
     """
 
-    __slots__ = (
-        "combined",
-        "gpa",
-        "guest_path",
-        "places",
-        "stage",
-        "stage_access",
-        "stage_level",
-        "stage_levels",
-        "stage_mode",
-        "stage_reserved",
-        "stage_root",
-        "stage_upper",
-        "stage_value",
-        "stage_view",
-    )
-
     LEAVES = 16
     """The status of an access that the second stage did not let pass: `gpa` and `stage_access` tell
     which it was, `stage_value` what the stage's kernel said."""
@@ -403,6 +390,16 @@ class TwoStageCore(Core):
         """Where in machine memory the guest's entries are, by index, on the last walk."""
         self.combined: dict[int, tuple[int, int]] = {}
         """Machine frame and second-stage entry of each translation in `tlb`."""
+
+    def clone(self, ram: Ram) -> "TwoStageCore":
+        """The same on another memory."""
+        twin = super().clone(ram)
+        assert isinstance(twin, TwoStageCore)
+        twin.view.memory = twin
+        twin.guest_path, twin.stage_upper = self.guest_path.copy(), self.stage_upper.copy()
+        twin.stage_view = SecondStageView(ram, twin.stage_upper)
+        twin.places, twin.combined = self.places.copy(), self.combined.copy()
+        return twin
 
     def __getitem__(self, index: int) -> int:
         """The guest's word with this index, as a walk of its tables reads it."""

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vapama.impl import hugepages
-from vapama.impl.hardware import Frames
+from vapama.impl.hardware import Frames, shallow
 from vapama.impl.ksm import Frames as Contents
 from vapama.impl.ksm import Ksm, Numbers
 from vapama.spec.words import Flag
@@ -51,18 +51,6 @@ class Pool:
 class Backing:
     """The pages of one guest's backing."""
 
-    __slots__ = (
-        "copies",
-        "frame",
-        "frames",
-        "giants",
-        "huge",
-        "mergeable",
-        "merger",
-        "notify",
-        "readonly",
-    )
-
     def __init__(
         self,
         frames: Frames,
@@ -85,6 +73,14 @@ class Backing:
         """Words of pages as they were swapped out; true still while the page was not written."""
         self.notify: list[Callable[[range], None]] = []
         """Told the pages, before what they are mapped to is revoked."""
+
+    def clone(self, frames: Frames) -> "Backing":
+        """The same in other frames; nobody is told, and nothing of it is merged."""
+        twin = shallow(self)
+        twin.frames, twin.notify, twin.merger = frames, [], None
+        twin.huge, twin.frame = self.huge.copy(), self.frame.copy()
+        twin.readonly, twin.copies = self.readonly.copy(), self.copies.copy()
+        return twin
 
     def fault(self, page: int, write: bool) -> tuple[int, bool]:
         """The frame of a page, which is made present, and whether it may be written."""

@@ -1,9 +1,17 @@
 """What every MMU of a hypervisor does: walk a guest's own tables, with the guest's rights."""
 
 from collections.abc import Sequence
+from typing import Self
 
 from vapama.impl.guest import Guest, Vcpu
-from vapama.impl.hardware import LIMIT_WORDS, LONG_MODE, OFF, SHORT_ENTRIES, controls
+from vapama.impl.hardware import (
+    LIMIT_WORDS,
+    LONG_MODE,
+    OFF,
+    SHORT_ENTRIES,
+    controls,
+    shallow,
+)
 from vapama.impl.kernels import legacy, long_mode
 from vapama.spec.cpu import Cpu
 
@@ -23,8 +31,6 @@ class Context:
     not counted). `reserved` are bits reserved in its entries (in 32-bit paging in those of 4-MByte
     pages alone), `reserved_small` those in entries of the last level.
     """
-
-    __slots__ = ("cr3", "levels", "mode", "paging", "pdptes", "reserved", "reserved_small")
 
     def __init__(self) -> None:
         self.cr3 = self.mode = self.paging = self.levels = 0
@@ -47,6 +53,13 @@ class Mmu:
         self.path = [0] * 6
         self.gptes = [0] * 6
         """The guest's entries that the last walk used, by level."""
+
+    def clone(self, guest: Guest) -> Self:
+        """The same for a guest that is a clone too."""
+        twin = shallow(self)
+        twin.guest, twin.ram, twin.frames = guest, guest.ram, guest.frames
+        twin.path, twin.gptes = self.path.copy(), self.gptes.copy()
+        return twin
 
     def walk(self, vcpu: Vcpu, address: int, word: int) -> tuple[int, int]:
         """The guest's translation of an access: (status, value) as the kernel has it.

@@ -16,8 +16,9 @@ read again when the guest invalidates its TLB, as a processor would. The guest's
 flags are set as its table is walked; a page that is not dirty is mapped read-only until it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
+from typing import Self
 
 from vapama.impl.guest import (
     EMULATE,
@@ -37,6 +38,7 @@ from vapama.impl.hardware import (
     SHORT_ENTRIES,
     Core,
     paging_of,
+    shallow,
 )
 from vapama.impl.kernels import long_mode
 from vapama.impl.mmu import (
@@ -84,25 +86,6 @@ PREFETCH = 8
 class Page:
     """A shadow page: a table of the real processor's in frame `frame`."""
 
-    __slots__ = (
-        "access",
-        "base",
-        "direct",
-        "frame",
-        "gfn",
-        "invalid",
-        "level",
-        "parents",
-        "quadrant",
-        "role",
-        "roots",
-        "short",
-        "unsync",
-        "unsync_children",
-        "used",
-        "writes",
-    )
-
     def __init__(self, frame: int, gfn: int, role: int) -> None:
         role = int(role)  # a plain key, in a proof too: what it means is kept beyond a run
         self.frame, self.base, self.gfn, self.role = frame, frame << 9, gfn, role
@@ -120,6 +103,15 @@ class Page:
         self.roots = 0
         """How many roots of processors, in use or cached, have it."""
         self.writes = 0
+
+    @staticmethod
+    def clones(*groups: Iterable["Page"]) -> dict[int, "Page"]:
+        """Others like these pages, by frame: each parent of one of them is among them too."""
+        twins = {page.frame: shallow(page) for group in groups for page in group}
+        for page in twins.values():
+            page.unsync_children, page.used = page.unsync_children.copy(), page.used.copy()
+            page.parents = {index: twins[above.frame] for index, above in page.parents.items()}
+        return twins
 
     def place(self, index: int) -> int:
         """Which entry of the guest's table the SPTE with an index in memory stands for."""
@@ -142,6 +134,10 @@ class Root:
     def __init__(self, pages: Sequence[Page | None]) -> None:
         self.pages = pages
 
+    def clone(self, twins: dict[int, Page]) -> "Root":
+        """The same with these pages, by frame."""
+        return Root([None if page is None else twins[page.frame] for page in self.pages])
+
     def page(self, address: int) -> Page | None:
         """The page that a walk for an address begins at."""
         pages = self.pages
@@ -160,14 +156,19 @@ class Root:
 class ShadowContext(Context):
     """What the shadow MMU keeps for a virtual processor."""
 
-    __slots__ = ("cached", "role", "root")
-
     def __init__(self) -> None:
         super().__init__()
         self.root: Root | None = None
         self.role = 0
         self.cached: list[tuple[int, int, Root]] = []
         """Roots of before in long mode, the latest first, with CR3 and role."""
+
+    def clone(self, twins: dict[int, Page]) -> "ShadowContext":
+        """The same with these pages, by frame."""
+        twin = shallow(self)
+        twin.root = None if self.root is None else self.root.clone(twins)
+        twin.cached = [(cr3, role, root.clone(twins)) for cr3, role, root in self.cached]
+        return twin
 
 
 class ShadowMmu(Mmu):
@@ -190,6 +191,21 @@ class ShadowMmu(Mmu):
         """Zapped pages, to be freed after the flush."""
         self.blank = self.frames.take()
         """An empty table: the root while CR3 names no memory."""
+
+    def clone(self, guest: Guest) -> Self:
+        """The same for a guest that is a clone too, with contexts for its processors."""
+        twin = super().clone(guest)
+        twins = Page.clones(self.pages.values(), self.zapped_roots.values(), self.doomed)
+        twin.pages = {frame: twins[frame] for frame in self.pages}
+        twin.by_role = {key: twins[page.frame] for key, page in self.by_role.items()}
+        twin.shadowing = {g: [twins[p.frame] for p in of] for g, of in self.shadowing.items()}
+        twin.zapped_roots = {frame: twins[frame] for frame in self.zapped_roots}
+        twin.rmap = {key: sptes.copy() for key, sptes in self.rmap.items()}
+        twin.mapped = self.mapped.copy()
+        twin.doomed = [twins[page.frame] for page in self.doomed]
+        for vcpu in guest.vcpus:
+            vcpu.context = vcpu.context.clone(twins)
+        return twin
 
     # Processors.
 
@@ -965,6 +981,11 @@ class ShadowMmu(Mmu):
                 vcpu.device_page = None
         if wrapped:
             self.zap_all()
+
+    def remembered(self) -> object:
+        """All that later steps depend on and that an audit does not look at."""
+        cached = [[root[:2] for root in vcpu.context.cached] for vcpu in self.guest.vcpus]
+        return [page.writes for page in self.pages.values()], cached
 
     def anatomy(self) -> Anatomy:
         """What an audit looks at."""

@@ -11,10 +11,10 @@ left the old tables they are freed. A slot that goes is zapped eagerly, entry by
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from vapama.impl.guest import EMULATE, FLUSH, RELOAD, Guest, NotRam, SlotState, Vcpu, reflected
-from vapama.impl.hardware import TABLE, TwoStageCore
+from vapama.impl.hardware import TABLE, TwoStageCore, shallow
 from vapama.impl.hugepages import split
 from vapama.impl.kernels import ept, npt
 from vapama.impl.mmu import (
@@ -96,6 +96,17 @@ class TwoDimensional(Mmu):
         self.dying: dict[int, Page] = {}
         """Tables of roots that were zapped, until no processor can be on them."""
         self.root = self._new_table(0, self.levels)
+
+    def clone(self, guest: Guest) -> Self:
+        """The same for a guest that is a clone too, with contexts for its processors."""
+        twin = super().clone(guest)
+        twins = Page.clones(self.pages.values(), self.dying.values())
+        twin.pages = {frame: twins[frame] for frame in self.pages}
+        twin.dying = {frame: twins[frame] for frame in self.dying}
+        twin.root = twins[self.root.frame]
+        for vcpu in guest.vcpus:
+            vcpu.context = shallow(vcpu.context)
+        return twin
 
     # Processors.
 
@@ -400,6 +411,10 @@ class TwoDimensional(Mmu):
         for index in range(page.base, page.base + 512):
             if index in self.ram and not self._is_device(self.ram[index]):
                 yield index
+
+    def remembered(self) -> object:
+        """All that later steps depend on and that an audit does not look at."""
+        return None
 
     def anatomy(self) -> Anatomy:
         """What an audit looks at."""

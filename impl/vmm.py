@@ -12,11 +12,12 @@ fault, or has to be emulated: a store to a table that is shadowed, or an access 
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 from vapama.impl.guest import EMULATE, WORD, Guest, NotRam, Vcpu, reflected
-from vapama.impl.hardware import LIMIT_WORDS, PAE_PAGING, Frames, Ram, paging_of
+from vapama.impl.hardware import LIMIT_WORDS, PAE_PAGING, Frames, Ram, paging_of, shallow
 from vapama.impl.host import Merger, Pool
 from vapama.impl.kernels import legacy
 from vapama.impl.mmu import linear
@@ -87,8 +88,43 @@ class Vmm:
             Guest(i, plan, own, self.ram, self.frames, self.pool, MMUS[plan.design])
             for i, own in enumerate(plan.guests)
         ]
+        self.lent: set[int] = set()
+        """The guests that a clone has too, until one of them changes: their memory may be of an
+        other machine meanwhile."""
+        self.synced: Callable[[int, int], None] | None = None
+        """Told of guest and root whenever all below a root was synchronized."""
         self.merger: Merger | None = None
         """Same-page merging, from its first scan on."""
+
+    def clone(self) -> "Vmm":
+        """Another that goes on from the same state, on a machine of its own; nobody watches it."""
+        self.lent = set(range(len(self.guests)))
+        twin = shallow(self)
+        twin.lent, twin.guests, twin.ram = self.lent.copy(), self.guests.copy(), Ram(self.ram)
+        twin.frames, twin.synced = self.frames.clone(twin.ram), None
+        if self.merger is not None or self.plan.pool:
+            self._clone_what_is_shared(twin)
+        return twin
+
+    def _clone_what_is_shared(self, twin: "Vmm") -> None:
+        """Give a clone its own of what leads from guest to guest: so all guests are apart now."""
+        known: dict[int, Any] = {id(self.frames): twin.frames}
+        twin.pool = deepcopy(self.pool, known)
+        for guest in self.guests:
+            backing = known[id(guest.backing)] = twin._guest(guest.number).backing
+            backing.giants = deepcopy(guest.backing.giants, known)
+        twin.merger = deepcopy(self.merger, known)
+        for guest in twin.guests:
+            guest.backing.merger = twin.merger
+        self.lent.clear()
+
+    def _guest(self, number: int) -> Guest:
+        """A guest that is about to change: no clone's any more, and told of who watches."""
+        if number in self.lent:
+            self.lent.discard(number)
+            guest = self.guests[number] = self.guests[number].clone(self.ram, self.frames)
+            guest.synced = None if self.synced is None else partial(self.synced, number)
+        return self.guests[number]
 
     def view(self) -> MachineView:
         """All that an audit looks at."""
@@ -97,20 +133,25 @@ class Vmm:
             self.frames.free_list,
             self.frames.total,
             [guest.mmu.anatomy() for guest in self.guests],
-            None if self.merger is None else self.merger.ksm.remembered(),
+            self._remembered,
             self.pool.free,
             self.plan.pool,
         )
 
+    def _remembered(self) -> object:
+        merger = None if self.merger is None else self.merger.ksm.remembered()
+        return merger, [guest.remembered() for guest in self.guests]
+
     def watch(self, freed: Callable[[int], None], synced: Callable[[int, int], None]) -> None:
         """Have `freed` told of each frame to be freed, `synced` of each root synchronized."""
-        self.frames.on_free = freed
+        self.frames.on_free, self.synced = freed, synced
         for guest in self.guests:
-            guest.synced = partial(synced, guest.number)
+            if guest.number not in self.lent:
+                guest.synced = partial(synced, guest.number)
 
     def word(self, guest: int, address: int) -> int:
         """A guest's word at an aligned address, as the host has it; it brings no page in."""
-        return self.guests[guest].peek(address)
+        return self.guests[guest].peek(self.ram, address)
 
     def do(self, step: Step) -> Seen:
         """Make a step, and say what was seen of it."""
@@ -119,7 +160,7 @@ class Vmm:
                 return Done()
             case Scan():
                 if self.merger is None:
-                    backings = [guest.backing for guest in self.guests]
+                    backings = [self._guest(guest.number).backing for guest in self.guests]
                     self.merger = Merger(backings, self.frames, self.plan.zero_pages)
                 self.merger.scan()
                 return Done()
@@ -127,7 +168,7 @@ class Vmm:
                 if self.merger is not None:
                     self.merger.ksm.unmerge()
                 return Done()
-        guest = self.guests[step.guest]
+        guest = self._guest(step.guest)
         match step:
             case Load(_, vcpu, access):
                 return self._access(guest, guest.vcpus[vcpu], access, None)

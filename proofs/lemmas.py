@@ -301,7 +301,7 @@ class Instance(Nondet):
     def reach(self, label: str) -> None:
         """Says nothing here."""
 
-    def seen(self, state: Any) -> bool:
+    def seen(self, state: Any, left: int = 0) -> bool:
         """Says nothing here."""
         return True
 

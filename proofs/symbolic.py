@@ -725,7 +725,7 @@ class Explorer(Nondet):
         """Count the label as reached by this path, if the path goes on to its end."""
         self.reached.add(label)
 
-    def seen(self, state: Hashable) -> bool:
+    def seen(self, state: Hashable, left: int = 0) -> bool:
         """A proof follows every path."""
         return True
 

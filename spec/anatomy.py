@@ -161,14 +161,15 @@ class Anatomy(NamedTuple):
 
 class MachineView(NamedTuple):
     """All of a machine: its words by index, the frames that are free and how many there are, its
-    guests. `remembered` is what same-page merging knows of pages from scan to scan. There are
-    `giants` pages of 1 GByte besides, of which `free_giants` have no use, by their first frames.
+    guests. `remembered` gives all else that later steps depend on, as numbers, strings, tuples and
+    lists of them. There are `giants` pages of 1 GByte besides, of which `free_giants` have no use,
+    by their first frames.
     """
 
     memory: Mapping[int, Word]
     free: Collection[int]
     frames: int
     guests: Sequence[Anatomy]
-    remembered: object = None
+    remembered: Callable[[], object] = lambda: None
     free_giants: Collection[int] = ()
     giants: int = 0

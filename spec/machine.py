@@ -10,6 +10,7 @@ Guests share nothing here: that each sees what its own machine allows is isolati
 transparency. Source: Intel SDM Vol. 3A, chapter 4; `spec.tlb` for what may be cached.
 """
 
+import marshal
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from itertools import product
@@ -51,7 +52,7 @@ from vapama.spec.steps import (
     Stored,
     device_word,
 )
-from vapama.spec.tlb import KEEP, PGE, History, Processor
+from vapama.spec.tlb import KEEP, PGE, History, Processor, shallow
 from vapama.spec.words import WORD, Word, low_bits
 
 Look: TypeAlias = Callable[[int, Word], Word]
@@ -103,6 +104,13 @@ class Map:
         self.found: dict[int, Slot | None] = {}
         """The slots of guest frames that were asked for before."""
         self.limit: Any = Edge(self)
+
+    def clone(self) -> "Map":
+        """The same map, of words that change apart from now on."""
+        twin = shallow(self)
+        twin.slots, twin.found = self.slots.copy(), self.found.copy()
+        twin.backing, twin.limit = self.backing.copy(), Edge(twin)
+        return twin
 
     def slot_of(self, gfn: int) -> Slot | None:
         """The memory slot that a guest frame is in."""
@@ -161,6 +169,27 @@ class GuestMachine:
         """Words of the backing that were used as table entries."""
         self.edited = False
         """Whether one of them was stored to, so that there may be more than one way to go."""
+
+    def clone(self) -> "GuestMachine":
+        """The same guest, which goes on by itself."""
+        twin = shallow(self)
+        twin.map, twin.entries = self.map.clone(), self.entries.copy()
+        twin.dirty = {number: gfns.copy() for number, gfns in self.dirty.items()}
+        twin.history = self.history.clone(twin.map.limit)
+        twin.processors = [processor.clone(twin.history) for processor in self.processors]
+        return twin
+
+    def state(self) -> bytes:
+        """A digest of all that later steps are judged by: equal for equal states."""
+        parts = (
+            sorted(self.map.backing.items()),
+            sorted([(number, *slot) for number, slot in self.map.slots.items()]),
+            sorted([(a, list(held.items())) for a, held in self.history.held.items()]),
+            [p.state() for p in self.processors],
+            sorted([(number, sorted(gfns)) for number, gfns in self.dirty.items()]),
+            self.edited,
+        )
+        return blake2b(marshal.dumps(parts, 2), digest_size=16).digest()
 
     def set_slot(self, number: int, slot: Slot | None) -> None:
         """The memory map changes: what a slot gives and takes is written at its addresses."""
@@ -244,43 +273,56 @@ class Machine:
 
     def __init__(self, plan: Plan) -> None:
         self.guests = [GuestMachine(guest, plan.has_pdpte_registers) for guest in plan.guests]
+        self.lent: set[int] = set()
+        """The guests that a clone has too, until one of them makes a step."""
+        self.digests: dict[int, bytes] = {}
+        """The states of guests that have made no step since."""
+
+    def clone(self) -> "Machine":
+        """The same machine, which goes on by itself."""
+        self.lent = set(range(len(self.guests)))
+        twin = shallow(self)
+        twin.guests, twin.lent, twin.digests = [*self.guests], {*self.lent}, {**self.digests}
+        return twin
 
     def state(self) -> bytes:
         """A digest of all that later steps are judged by: equal for equal states."""
-        parts = [
-            (
-                sorted(guest.map.backing.items()),
-                sorted(guest.map.slots.items()),
-                sorted((a, list(held.items())) for a, held in guest.history.held.items()),
-                [(list(p.contexts), p.invalidations) for p in guest.processors],
-                sorted((number, sorted(gfns)) for number, gfns in guest.dirty.items()),
-                guest.edited,
-            )
-            for guest in self.guests
-        ]
-        return blake2b(repr(parts).encode(), digest_size=16).digest()
+        for number, guest in enumerate(self.guests):
+            if number not in self.digests:
+                self.digests[number] = guest.state()
+        return b"".join(self.digests[number] for number in range(len(self.guests)))
+
+    def _stepping(self, number: int) -> GuestMachine:
+        """A guest that is about to make a step."""
+        self.digests.pop(number, None)
+        if number in self.lent:
+            self.lent.discard(number)
+            self.guests[number] = self.guests[number].clone()
+        return self.guests[number]
 
     def check(self, step: Step, seen: Seen, look: Look) -> None:
         """Judge what was seen of a step, and follow it. Raises `Departure`."""
         match step:
             case Load(guest, vcpu, access):
-                _Judged(self.guests[guest], vcpu, access, None, seen, guest, look).follow()
+                its = self._stepping(guest)
+                _Judged(its, vcpu, access, None, seen, guest, look).follow()
             case Store(guest, vcpu, access, value):
-                _Judged(self.guests[guest], vcpu, access, value, seen, guest, look).follow()
+                its = self._stepping(guest)
+                _Judged(its, vcpu, access, value, seen, guest, look).follow()
             case Move(guest, vcpu):
-                self.guests[guest].move(vcpu, step, seen)
+                self._stepping(guest).move(vcpu, step, seen)
             case Invlpg(guest, vcpu, address):
                 _require(isinstance(seen, Done), step, seen)
-                self.guests[guest].processors[vcpu].invlpg(address)
+                self._stepping(guest).processors[vcpu].invlpg(address)
             case Invpcid(guest, vcpu, how, pcid, address):
                 _require(isinstance(seen, Done), step, seen)
-                self.guests[guest].processors[vcpu].invpcid(how, pcid, address)
+                self._stepping(guest).processors[vcpu].invpcid(how, pcid, address)
             case SetSlot(guest, number, slot):
-                self.guests[guest].set_slot(number, slot)
+                self._stepping(guest).set_slot(number, slot)
             case Log(guest, number, on):
-                self.guests[guest].log(number, on)
+                self._stepping(guest).log(number, on)
             case Harvest(guest, number):
-                self.guests[guest].harvest(number, seen)
+                self._stepping(guest).harvest(number, seen)
             case _:
                 _require(isinstance(seen, Done), step, seen)
 

@@ -10,7 +10,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from vapama.spec import domains
 from vapama.spec.access import Access, GuestPhysicalAccess
@@ -22,6 +22,16 @@ from vapama.spec.subject import MANY, NESTED, NESTED_MANY, SECOND_STAGE_MANY, TR
 from vapama.spec.words import Condition, Flag, Word, bit, ite, low_bits
 
 T = TypeVar("T")
+
+
+class Cloned(Protocol):
+    """What a run goes on with, and another run may go on with a clone of."""
+
+    def clone(self) -> Self:
+        """Another that goes on from the same state: no step of either changes the other."""
+
+
+Going = TypeVar("Going", bound=Cloned)
 
 
 class Reject(BaseException):
@@ -63,12 +73,31 @@ class Nondet(ABC):
         """Note that this run comes by here. See `Invariant.reaches`."""
 
     @abstractmethod
-    def seen(self, state: Hashable) -> bool:
+    def seen(self, state: Hashable, left: int = 0) -> bool:
         """Say that the rest of the run depends on `state` alone, or on what it returns if it is a
-        function, which is called only if need be. An engine that has explored all that follows
-        ends the run here; others go on. False if an earlier run came by here, so that what is to be
-        checked of the state has been.
+        function, which is called only if need be; and on how many steps are `left`. An engine that
+        has explored all that follows, in as many steps, ends the run here; others go on. False if
+        an earlier run came by here, so that what is to be checked of the state has been.
         """
+
+    def first(self, state: Hashable) -> bool:
+        """Whether no run came by here before with a state, or with what it returns if it is a
+        function: what is to be checked of it, which must depend on nothing else, has been
+        otherwise. Engines that keep no count say so of any.
+        """
+        return True
+
+    def begun(self, begin: Callable[[], Going]) -> Going:
+        """What a run begins with: what `begin` makes, or a clone of what was `kept` in an earlier
+        run, which then had the same draws up to there. It is asked for before anything is drawn.
+        """
+        return begin()
+
+    def kept(self, going: Going) -> bool:
+        """Say that a run may go on from a clone of this as well as from what it was made of.
+        Whether any may.
+        """
+        return False
 
     def words(self, draws: Sequence[tuple[str, Domain]]) -> Sequence[Word]:
         """Any words of these domains, by name."""
@@ -272,6 +301,8 @@ class Invariant:
     of many steps over objects. `unsuited` are engines whose scope holds too little of it to say
     something: there it is not run, and another claim is for them. `counts` says that it adds,
     subtracts and compares numbers and looks at no bits: then it is proved for any natural numbers.
+    `scoped` says that it is made for the exhaustive engine, which runs as much of it among many
+    claims as of it alone.
     """
 
     name: str
@@ -286,6 +317,7 @@ class Invariant:
     equates: tuple[Callable[..., Any], str] | None = None
     unsuited: tuple[str, ...] = ()
     counts: bool = False
+    scoped: bool = False
 
     @property
     def title(self) -> str:
@@ -314,6 +346,7 @@ def invariant(
     equates: tuple[Callable[..., Any], str] | None = None,
     unsuited: Sequence[str] = (),
     counts: bool = False,
+    scoped: bool = False,
 ) -> Callable[[Claim], Claim]:
     """Register the decorated function as an invariant.
 
@@ -343,6 +376,7 @@ def invariant(
             equates,
             tuple(unsuited),
             counts,
+            scoped,
         )
         return claim
 

@@ -162,7 +162,7 @@ def image() -> dict[int, Word]:
     return words
 
 
-SMALL = (
+SMALL: tuple[Step, ...] = (
     Load(0, 0, Access(0x8000, user=1)),
     Store(0, 0, Access(LOW << 12 | 8 << 3, 1), 9 << 12 | USED),
     Store(0, 1, Access(0x8010, 1, user=1), 0x5555),
@@ -171,9 +171,11 @@ SMALL = (
     Store(1, 0, Access(0x8010, 1, user=1), 0x7777),
     Move(0, 1, "cr3", ROOT << 12),
     Unmap(1, 8),
+    Reclaim(0, 2),
+    Evict(0, 1),
 )
 """The steps of a scope so small that all programs of a few of them can be run: an entry is changed
-while two processors use it, and the host moves the pages of two guests about."""
+while two processors use it, and the host moves the pages and the tables of two guests about."""
 
 
 @cache

@@ -8,6 +8,7 @@ docs/explanation/hypervisor.md. Source: Linux, Documentation/virt/kvm/x86/mmu.rs
 audit code (arch/x86/kvm/mmu_audit.c).
 """
 
+import marshal
 from collections.abc import Collection, Iterator, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
@@ -157,18 +158,21 @@ def synced(machine: MachineView, number: int, root: int) -> None:
 
 def state(machine: MachineView) -> bytes:
     """A digest of all that a machine's view shows: equal for equal states."""
-    parts: list[object] = [
-        sorted(machine.memory.items()),
-        list(machine.free),
-        machine.remembered,
-        list(machine.free_giants),
-    ]
+    words = sorted([item for item in machine.memory.items() if item[1]])
+    parts: list[object] = [words, list(machine.free), machine.remembered()]
+    parts.append(list(machine.free_giants))
     for guest in machine.guests:
         pages = [
-            (p.frame, p.gfn, p.level, p.role, p.unsync, p.roots, sorted(p.unsync_children))
+            (
+                *(p.frame, p.gfn, p.level, p.role, p.unsync, p.invalid, p.roots),
+                sorted(p.unsync_children),
+                sorted(p.parents),
+            )
             for p in (*guest.tables.values(), *guest.dying.values())
         ]
-        slots = [(s.gfn, s.end, s.page, s.log, sorted(s.dirty)) for s in guest.slots.values()]
+        slots = [
+            (s.gfn, s.end, s.page, s.readonly, s.log, sorted(s.dirty)) for s in guest.slots.values()
+        ]
         parts += [
             pages,
             slots,
@@ -176,19 +180,20 @@ def state(machine: MachineView) -> bytes:
             sorted(guest.shared),
             sorted(guest.huge),
             sorted(guest.giants.items()),
-            sorted(guest.swapped),
+            sorted([(page, sorted(words.items())) for page, words in guest.swapped.items()]),
+            sorted([(key, sorted(indices)) for key, indices in (guest.rmap or {}).items()]),
             guest.generation,
         ]
         for processor in guest.processors:
             parts += [
-                list(processor.cpu),
+                tuple(processor.cpu),
                 [list(root) for root in processor.roots],
                 processor.flush,
                 processor.sync,
-                sorted(map(tuple, processor.cached())),
+                sorted([tuple(cached) for cached in processor.cached()]),
                 sorted(processor.upper()),
             ]
-    return blake2b(repr(parts).encode(), digest_size=16).digest()
+    return blake2b(marshal.dumps(parts, 2), digest_size=16).digest()
 
 
 class _Audit:

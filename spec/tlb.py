@@ -23,7 +23,7 @@ In short, for those who build on this:
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from vapama.spec import modes
 from vapama.spec.access import Access
@@ -54,6 +54,16 @@ passes by one at each write and operation.
 """
 
 
+Thing = TypeVar("Thing")
+
+
+def shallow(thing: Thing) -> Thing:
+    """Another with the same attributes. Who calls it gives it its own of those that change."""
+    twin = object.__new__(type(thing))
+    twin.__dict__.update(thing.__dict__)
+    return twin
+
+
 class History:
     """A memory, and all the values that its entries have had."""
 
@@ -65,6 +75,13 @@ class History:
         """The values that an address has had which was written to, and when: the value of now is
         the last, and has all times from then on.
         """
+
+    def clone(self, limit: Word) -> "History":
+        """The same history, which goes on by itself, with another limit."""
+        twin = shallow(self)
+        twin.held = {address: held.copy() for address, held in self.held.items()}
+        twin.limit = limit
+        return twin
 
     def write(self, address: Word, value: Word) -> None:
         """Put `value` into the entry at `address`."""
@@ -185,6 +202,18 @@ class Processor:
         self.history = history
         self.contexts = [context(history.time, cpu, vpid)]
         self.invalidations: list[tuple[int, Invalidation]] = []
+
+    def clone(self, history: History) -> "Processor":
+        """The same processor, which goes on by itself, on a clone of its history."""
+        twin = shallow(self)
+        twin.history = history
+        twin.contexts, twin.invalidations = self.contexts.copy(), self.invalidations.copy()
+        return twin
+
+    def state(self) -> object:
+        """All that its accesses depend on besides memory and its history."""
+        contexts = [(start, tuple(cpu), tuple(tag)) for start, cpu, tag in self.contexts]
+        return contexts, [(time, tuple(dropped)) for time, dropped in self.invalidations]
 
     @property
     def context(self) -> Context:

@@ -152,7 +152,8 @@ def plan(
     width = budget.exhaustive_width - NARROWER * (len(names) > budget.enough_for)
     narrow = replace(budget, exhaustive_width=width)
     for invariant in scopes:
-        job("exhaustive", main, (invariant.name,), narrow if invariant.is_composed else budget)
+        narrowed = invariant.is_composed and not invariant.scoped
+        job("exhaustive", main, (invariant.name,), narrow if narrowed else budget)
     return jobs, skipped
 
 

@@ -114,7 +114,7 @@ class Concrete(Nondet):
         """Remember the label."""
         self.reached.add(label)
 
-    def seen(self, state: Hashable) -> bool:
+    def seen(self, state: Hashable, left: int = 0) -> bool:
         """Goes on, whatever the state."""
         return True
 

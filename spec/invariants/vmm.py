@@ -5,7 +5,6 @@ the machine that a guest believes in. The rules of the tables are those of `spec
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from vapama.spec import programs, shadow
@@ -211,15 +210,35 @@ def a_dirty_log_names_every_page_written(nondet: Nondet, subject: Any) -> None:
             harvest_logs(nondet, machine, hypervisor, step.guest, (0, 1))
 
 
-CHOICE = Domain(among=tuple(range(len(programs.SMALL))))
-"""A step of `programs.SMALL`."""
 SHORT = Domain(among=(4, 6), scope=(4,) * 5 + (6,) * 2)
 """How long programs of these steps are: a quick budget, of width 5, has the short ones alone."""
 
 
-def _state(left: int, hypervisor: Any, machine: Machine) -> tuple[int, bytes, bytes]:
-    """All that the rest of a program depends on, with so many steps left."""
-    return left, shadow.state(hypervisor.view()), machine.state()
+class Course:
+    """A hypervisor and the machine that its guests believe in, so many steps before the end."""
+
+    def __init__(self, hypervisor: Any, machine: Machine, left: int) -> None:
+        self.hypervisor, self.machine = hypervisor, machine
+        self.made, self.left = 0, left
+        self.digests: tuple[bytes, bytes] | None = None
+        hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), lambda *_: None)
+
+    def clone(self) -> "Course":
+        """The same, which goes on by itself."""
+        twin = Course(self.hypervisor.clone(), self.machine.clone(), self.left)
+        twin.made = self.made
+        return twin
+
+    def make(self, step: Step) -> None:
+        """Make a step, judged by the machine."""
+        self.machine.check(step, self.hypervisor.do(step), self.hypervisor.word)
+        self.made, self.left, self.digests = self.made + 1, self.left - 1, None
+
+    def state(self) -> tuple[bytes, bytes]:
+        """All that the steps that are left depend on: of the hypervisor, and of the guests."""
+        if self.digests is None:
+            self.digests = shadow.state(self.hypervisor.view()), self.machine.state()
+        return self.digests
 
 
 @invariant(
@@ -228,20 +247,24 @@ def _state(left: int, hypervisor: Any, machine: Machine) -> tuple[int, bytes, by
     needs=(VMM, VIEW),
     twin="a-notifier-does-not-flush",
     searched=SEARCHED,
+    scoped=True,
 )
 def every_program_of_a_small_scope_is_transparent_and_sound(nondet: Nondet, subject: Any) -> None:
     """Any four or six steps of two guests, with two processors each, and their host: what is seen
     is allowed, and every rule of the tables is met. The exhaustive engine runs every program.
     """
-    length = nondet.word("length", SHORT)
-    plan = programs.small_plan(nondet.one_of("design", DESIGNS))
-    hypervisor, machine = subject.vmm(plan), Machine(plan)
-    hypervisor.watch(lambda frame: shadow.freed(hypervisor.view(), frame), lambda *_: None)
-    for number in range(length):
-        step = programs.SMALL[nondet.word(NAMES[number], CHOICE)]
-        machine.check(step, hypervisor.do(step), hypervisor.word)
-        left = length - number
-        if nondet.seen(partial(_state, left, hypervisor, machine)):
+
+    def begin() -> Course:
+        length = nondet.word("length", SHORT)
+        plan = programs.small_plan(nondet.one_of("design", DESIGNS))
+        return Course(subject.vmm(plan), Machine(plan), length)
+
+    course = nondet.begun(begin)
+    while course.left:
+        course.make(nondet.one_of(NAMES[course.made], programs.SMALL))
+        if nondet.seen(course.state, course.left) and nondet.first(lambda: course.state()[0]):
             nondet.reach("audited")
-            for violation in shadow.audit(hypervisor.view()):
+            for violation in shadow.audit(course.hypervisor.view()):
                 raise violation
+        if course.left and hasattr(course.hypervisor, "clone"):
+            nondet.kept(course)

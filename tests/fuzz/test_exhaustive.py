@@ -105,6 +105,61 @@ def test_states_met_before_are_explored_once(toy: Toy, reference: Guarded) -> No
     assert pruned.detail == f"all {pruned.executions} cases of width None, 48 states"
 
 
+class Walker:
+    """A position on a circle; a careless one shares it with its clones."""
+
+    def __init__(self, place: list[int], careless: bool) -> None:
+        self.place, self.careless, self.steps = place, careless, 0
+
+    def clone(self) -> "Walker":
+        twin = Walker(self.place if self.careless else self.place.copy(), self.careless)
+        twin.steps = self.steps
+        return twin
+
+
+def walked(toy: Toy, reference: Guarded, keeps: bool, careless: bool) -> tuple[Any, int]:
+    """Where all runs of a walker end, with their draws, and how many steps that takes."""
+    ends: list[Any] = []
+    steps = 0
+
+    def claim(nondet: Any, subject: Any) -> None:
+        nonlocal steps
+        walker = nondet.begun(lambda: Walker([nondet.one_of("start", (0, 5))], careless))
+        while walker.steps < 4:
+            steps += 1
+            walker.place[0] = (walker.place[0] + nondet.one_of(f"{walker.steps}", (1, 3, 7))) % 40
+            walker.steps += 1
+            nondet.seen((walker.place[0], walker.steps))
+            if keeps:
+                nondet.kept(walker)
+        ends.append((walker.place[0], nondet.draws()))
+
+    exhaustive.run(toy(claim), reference)
+    return ends, steps
+
+
+def test_runs_go_on_from_what_was_kept_as_if_made_anew(toy: Toy, reference: Guarded) -> None:
+    anew, many = walked(toy, reference, keeps=False, careless=False)
+    onward, few = walked(toy, reference, keeps=True, careless=False)
+    assert onward == anew
+    assert few < many / 2
+    careless, _ = walked(toy, reference, keeps=True, careless=True)
+    assert careless != anew
+
+
+def test_states_are_explored_again_only_with_more_steps_left(toy: Toy, reference: Guarded) -> None:
+    runs: list[str] = []
+
+    def claim(nondet: Nondet, subject: Any) -> None:
+        left = nondet.one_of("length", (2, 1, 3))
+        new = nondet.seen("same", left)
+        runs.append(f"{left} {new}")
+        assert nondet.first("same") == (len(runs) == 1)
+
+    exhaustive.run(toy(claim), reference)
+    assert runs == ["2 True", "3 False"]
+
+
 def test_a_mistake_that_only_a_long_run_shows_is_found_among_pruned_states(
     toy: Toy, reference: Guarded
 ) -> None:

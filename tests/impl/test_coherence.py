@@ -278,7 +278,7 @@ class Followed:
         ours = {(p.frame,) for p in mmu.pages.values() if model.table(p.frame) & UNSYNC}
         same("unsync pages", unsync, ours)
         for (gfn, place), word in live(model.content).items():
-            same(f"guest frame {gfn:#x}", guest.peek(gfn << 12 | place << 3), word)
+            same(f"guest frame {gfn:#x}", guest.peek(guest.ram, gfn << 12 | place << 3), word)
         for slot in guest.slots.values():
             if slot.log:
                 noted = {g for g in range(slot.gfn, slot.end) if model.log(g) & WRITTEN}
@@ -485,7 +485,6 @@ def _follow_memory(module: Any, names: dict[str, Any], follower: Callable[[], An
 
     ram: Any = module.Ram
     page: Any = names["Page"]
-    kept = page.unsync
 
     class Ram(ram):  # type: ignore[misc]  # of a copy, which no type checker knows
         def __setitem__(self, index: int, value: int) -> None:
@@ -504,11 +503,11 @@ def _follow_memory(module: Any, names: dict[str, Any], follower: Callable[[], An
     class Page(page):  # type: ignore[misc]  # likewise
         @property
         def unsync(self) -> bool:
-            return bool(kept.__get__(self))
+            return bool(self.__dict__["unsync"])
 
         @unsync.setter
         def unsync(self, value: bool) -> None:
-            kept.__set__(self, value)
+            self.__dict__["unsync"] = value
             for guest in follower().guests:
                 if guest.mmu.pages.get(self.frame) is self:
                     guest.do("unsync" if value else "synced", self.frame)
