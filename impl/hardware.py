@@ -132,7 +132,7 @@ class Frames:
             self.ram.clear(frame)
         else:
             for place in places:
-                del self.ram[place]
+                self.ram.pop(place, None)
         self.free_list.append(frame)
 
     def give_blank(self, frames: Sequence[int]) -> None:

@@ -578,14 +578,14 @@ TOUCH = Domain(
         touch_word(Touch.WRITE, 3, 0, 5),
         touch_word(Touch.DISCARD, 3),
         touch_word(Touch.COLLAPSE),
+        touch_word(Touch.FORK),
+        touch_word(Touch.DAEMON),
         touch_word(Touch.SPLIT),
         touch_word(Touch.DISCARD, 0, 3),
         touch_word(Touch.READ),
         touch_word(Touch.ADVISE),
         touch_word(Touch.WRITE, 0, 0, 7),
-        touch_word(Touch.FORK),
         touch_word(Touch.WRITE, 3, 0, 6, 1),
-        touch_word(Touch.DAEMON),
     ),
 )
 
