@@ -34,16 +34,30 @@ def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-@pytest.fixture(scope="module")
-def started() -> Iterator[dict[str, Guarded]]:
-    """Subjects by name, each started when it is first needed."""
-    subjects: dict[str, Guarded] = {}
-    yield subjects
-    for guarded in subjects.values():
-        machine = getattr(guarded.subject, "machine", None)
-        machine = machine or getattr(guarded.subject, "hypervisor", None)
+class Started:
+    """The subject that was asked last: one at a time runs, for their memory."""
+
+    def __init__(self) -> None:
+        self.now: Guarded | None = None
+
+    def __getitem__(self, name: str) -> Guarded:
+        if self.now is None or self.now.name != name:
+            self.end()
+            self.now = load_subject(name)
+        return self.now
+
+    def end(self) -> None:
+        subject = self.now.subject if self.now is not None else None
+        machine = getattr(subject, "machine", None) or getattr(subject, "hypervisor", None)
         if machine is not None:
             machine.end()
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Started]:
+    made = Started()
+    yield made
+    made.end()
 
 
 @cache
@@ -58,13 +72,11 @@ def test_the_claim_of_a_finding_holds(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CASES, ids=name_of)
-def test_a_finding_is_still_there(path: Path, started: dict[str, Guarded]) -> None:
+def test_a_finding_is_still_there(path: Path, started: Started) -> None:
     case = load_case(path)
     assert case.subject == path.parent.name
     if why := why_not(case.subject):
         pytest.skip(why)
-    if case.subject not in started:
-        started[case.subject] = load_subject(case.subject)
     subject = started[case.subject]
     if case.invariant == BOTH_STAGES:
         assert of_both_stages(path, subject.subject) == {path.stem}
