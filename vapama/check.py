@@ -151,7 +151,7 @@ def plan(
         job("z3", main, (name,))
     width = budget.exhaustive_width - NARROWER * (len(names) > budget.enough_for)
     narrow = replace(budget, exhaustive_width=width)
-    for invariant in scopes:
+    for invariant in sorted(scopes, key=lambda i: not i.scoped):  # what takes longest first
         narrowed = invariant.is_composed and not invariant.scoped
         job("exhaustive", main, (invariant.name,), narrow if narrowed else budget)
     return jobs, skipped
