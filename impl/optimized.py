@@ -200,6 +200,8 @@ class Optimized(HostMemory):
             own = [(module, name) for module in (ept, npt) for name in ("walk", "mark_walk")]
             names = ("walk_ept", "mark_ept", "walk_npt", "mark_npt")
             return [*own, *((nested, name) for name in names)]
+        if faculty == NESTED:
+            return [(nested, "walk"), (nested, "mark")]
         if faculty == METADATA:
             return [(module, METADATA) for module in (long_mode, nested)]
         return [(long_mode, "walk"), (long_mode, "mark")]

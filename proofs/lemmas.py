@@ -206,13 +206,13 @@ class Kernel:
             return made(self._apply("word", WORDS, terms))
         if not self.results:
             return self._procedure(terms, paths, marks)
-        if marks or len(memories) != 1 or len(paths) > 1:
+        if marks or len(memories) != 1:
             raise Unfaithful(f"{self.name} is not a kernel that a lemma can stand for")
-        for path in paths:
-            path[:] = [Written(self._apply("path", WRITTEN, terms))] * len(path)
+        for i, path in enumerate(paths):
+            path[:] = [Written(self._apply(f"path{i}", WRITTEN, terms))] * len(path)
         if isinstance(memories[0], Counted):
             loads = made(self._apply("loads", WORDS, terms))
-            memories[0].count = memories[0].count + loads
+            memories[0].count = memories[0].count + _narrowed(loads)
         return tuple(made(self._apply(str(i), WORDS, terms)) for i in range(self.results))
 
     def _procedure(self, terms: list[z3.ExprRef], paths: list[list[Any]], marks: list[Any]) -> None:
@@ -228,6 +228,15 @@ class Kernel:
     def _apply(self, what: str, sort: z3.SortRef, terms: list[z3.ExprRef]) -> Any:
         # `once` tells operands apart by identity.
         return _application(sys.intern(f"{self.name}.{what}"), sort, *terms)
+
+
+def _narrowed(count: SymWord) -> SymWord:
+    """A count that this path is known to have below 8, by a lemma, as one of three bits: sums of
+    such are far easier to decide.
+    """
+    explorer = running()
+    few = any(explorer.known_truth((count <= most).term) for most in range(1, 8))
+    return made(count.term & 7, 7) if few or explorer.always((count <= 7).term) else count
 
 
 @once

@@ -509,6 +509,7 @@ class SymMemory:
         self.loads: list[tuple[z3.BitVecRef, z3.BitVecRef]] = []
         self.given: list[tuple[SymWord, Operand]] = []
         self.by_index: dict[int, SymWord] = {}
+        self.known_same: list[SymWord] = []
 
     def load(self, address: Operand) -> Operand:
         """The entry at `address`, which must be aligned and below the limit."""
@@ -529,6 +530,16 @@ class SymMemory:
         if where.may & 7:
             self.by_index[_simple_id(_shifted_left(_shifted_right(where, THREE), THREE, 3))] = where
         return value
+
+    def same_address(self, a: z3.ExprRef, b: z3.ExprRef) -> None:
+        """Two terms are known to be equal. If one is the address of an earlier load, a load from
+        the other gives the same term, for the reason given there.
+        """
+        for loaded, other in ((a, b), (b, a)):
+            if any(loaded.eq(at) for at, _ in self.loads):
+                word_ = made(other)
+                self.by_index[_simple_id(word_)] = made(loaded)
+                self.known_same.append(word_)
 
 
 @once
@@ -720,6 +731,9 @@ class Explorer(Nondet):
         """Go on where the condition holds. Where it does not, another path ends here."""
         if not condition:
             raise Reject
+        if type(condition) is SymBool and z3.is_eq(condition.term):
+            for memory in self.memories:
+                memory.same_address(*condition.term.children())
 
     def reach(self, label: str) -> None:
         """Count the label as reached by this path, if the path goes on to its end."""

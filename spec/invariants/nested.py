@@ -5,8 +5,8 @@ from typing import Any
 from vapama.spec import paging
 from vapama.spec.access import Access
 from vapama.spec.cpu import Cpu
-from vapama.spec.domains import ENTRY, EPT_ENTRY, Domain
-from vapama.spec.memory import Memory, Watched
+from vapama.spec.domains import ENTRY, EPT_ENTRY, SHADOW_ENTRY, Domain
+from vapama.spec.memory import Counted, Memory
 from vapama.spec.nested import (
     GuestMemory,
     Stopped,
@@ -15,14 +15,13 @@ from vapama.spec.nested import (
     most_loads,
     translate,
 )
-from vapama.spec.nondet import Nondet, invariant
+from vapama.spec.nondet import LONG_MODE, Nondet, invariant
 from vapama.spec.outcomes import (
     EptMisconfiguration,
     EptViolation,
     NestedPageFault,
     NonCanonical,
     Outcome,
-    OutsideMemory,
     PageFault,
     Translated,
     kind,
@@ -31,16 +30,20 @@ from vapama.spec.stage import Ept, Npt, Stage
 from vapama.spec.subject import (
     ERROR_CODE,
     LOADS,
+    MASKING,
     NESTED,
     NESTED_MANY,
     PA,
     SECOND_STAGE,
+    SHADOW_STACKS,
     agree,
 )
 from vapama.spec.words import low_bits
 
 EPT_WALK = ("the_ept_walk_equals_the_reference", "a_page_of_ept_keeps_the_low_bits")
 NPT_WALK = ("the_npt_walk_equals_the_reference", "a_nested_page_keeps_the_low_bits")
+MASKED = ("the_address_without_metadata_equals_the_reference",)
+IN_LONG_MODE = "guests in 4-level and 5-level paging"
 LONG = "guests in 4-level and 5-level paging, no masked addresses, no shadow stacks"
 GUEST_KINDS = ("translated", "page fault", "non-canonical address", "entry outside memory")
 DIFFERENCE = Domain(free=low_bits(21), scope=(0x1000, 0x1))
@@ -111,7 +114,7 @@ def _equals_the_reference(
     needs=(NESTED,),
     twin="nested-skips-the-guests-flags",
     bound=LONG,
-    uses=EPT_WALK,
+    uses=("with_masks_and_shadow_stacks_the_walk_under_ept_equals_the_reference",),
 )
 def the_walk_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """A guest's access under EPT has the reference's outcome, exit and flags in both dimensions."""
@@ -124,11 +127,47 @@ def the_walk_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> Non
     needs=(NESTED,),
     twin="nested-tables-are-accessed-as-pages",
     bound=LONG,
-    uses=NPT_WALK,
+    uses=("with_masks_and_shadow_stacks_the_walk_under_npt_equals_the_reference",),
 )
 def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """A guest's access under nested paging has the reference's outcome, exit and flags."""
     _equals_the_reference(nondet, subject, *_under_npt(nondet))
+
+
+@invariant(
+    source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.6.1; Vol. 3C, 31.3.1 and 31.3.3.2",
+    reaches=(*GUEST_KINDS, "EPT violation", "EPT misconfiguration"),
+    needs=(NESTED, MASKING, SHADOW_STACKS),
+    twin="nested-addresses-are-not-masked",
+    bound=IN_LONG_MODE,
+    uses=(*EPT_WALK, *MASKED),
+    equates=(translate, NESTED),
+)
+def with_masks_and_shadow_stacks_the_walk_under_ept_equals_the_reference(
+    nondet: Nondet, subject: Any
+) -> None:
+    """The same with any masking and with CR4.CET, of accesses to shadow stacks too."""
+    cpu, stage = nondet.cpu(LONG_MODE), nondet.ept()
+    memory = nondet.memory("host", entries=EPT_ENTRY)
+    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(LONG_MODE))
+
+
+@invariant(
+    source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.6.1; AMD APM Vol. 2, 15.25.5 and 15.25.6",
+    reaches=(*GUEST_KINDS, "nested page fault"),
+    needs=(NESTED, MASKING, SHADOW_STACKS),
+    twin="nested-shadow-stacks-hang-below-any-entry",
+    bound=IN_LONG_MODE,
+    uses=(*NPT_WALK, *MASKED),
+    equates=(translate, NESTED),
+)
+def with_masks_and_shadow_stacks_the_walk_under_npt_equals_the_reference(
+    nondet: Nondet, subject: Any
+) -> None:
+    """The same under nested paging."""
+    cpu, stage = nondet.cpu(LONG_MODE), nondet.npt()
+    memory = nondet.memory("host", entries=SHADOW_ENTRY)
+    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(LONG_MODE))
 
 
 @invariant(
@@ -161,26 +200,50 @@ def translate_nested_many_equals_the_walk_elementwise(nondet: Nondet, subject: A
             assert (one.qualification == many.qualification) & (one.gpa == many.gpa)
 
 
+@invariant(
+    source="Intel SDM Vol. 3C, 31.3.2",
+    reaches=("five loads",),
+    needs=(SECOND_STAGE, LOADS),
+    twin="ept-reads-an-entry-twice",
+)
+def a_walk_of_ept_costs_at_most_a_load_a_level(nondet: Nondet, subject: Any) -> None:
+    """The second stage's walk reads at most as many entries as it has levels."""
+    stage, memory = nondet.ept(), Counted(nondet.memory("host", entries=EPT_ENTRY))
+    subject.second_stage(stage, memory, nondet.guest_physical_access())
+    assert memory.count <= stage.levels
+    if memory.count == 5:
+        nondet.reach("five loads")
+
+
+@invariant(
+    source="AMD APM Vol. 2, 15.25.5",
+    reaches=("five loads",),
+    needs=(SECOND_STAGE, LOADS),
+    twin="npt-reads-an-entry-twice",
+)
+def a_nested_walk_costs_at_most_a_load_a_level(nondet: Nondet, subject: Any) -> None:
+    """The same under nested paging, of a host in any mode."""
+    stage, memory = nondet.npt(), Counted(nondet.memory("host", entries=ENTRY))
+    subject.second_stage(stage, memory, nondet.guest_physical_access())
+    assert memory.count <= stage.levels
+    if memory.count == 5:
+        nondet.reach("five loads")
+
+
 def _costs(
     nondet: Nondet, subject: Any, cpu: Cpu, stage: Stage, memory: Memory, access: Access
 ) -> None:
-    watched = Watched(memory)
-    outcome = subject.translate_nested(cpu, stage, watched, access)
-    nondet.reach(kind(outcome))
     most = most_loads(cpu.levels, stage.levels)
     if flags_are_written_apart(stage):
         # Updating a guest's entry walks the second stage for it once more, and reads it again.
         most = most + cpu.levels * (stage.levels + 1)
-    assert len(watched.loads) <= most
-    for address in watched.loads:
-        assert address < memory.limit
-    if isinstance(outcome, OutsideMemory):
-        assert outcome.address >= memory.limit
-    if len(watched.loads) > 18:
+    # What the lemmas say of the second stage, they say of each of its walks that the reference has.
+    nondet.reach(kind(translate(cpu, stage, memory, access)))
+    counted = Counted(memory)
+    subject.translate_nested(cpu, stage, counted, access)
+    assert counted.count <= most
+    if counted.count > 18:
         nondet.reach("more than 18 loads")
-
-
-STEPWISE = "its parts are proved: a stage's loads by level, a guest's by the walk's equality"
 
 
 @invariant(
@@ -188,11 +251,12 @@ STEPWISE = "its parts are proved: a stage's loads by level, a guest's by the wal
     reaches=("translated", "more than 18 loads", "entry outside memory"),
     needs=(NESTED, LOADS),
     twin="nested-walks-for-each-table-twice",
-    searched=STEPWISE,
+    bound=LONG,
+    uses=(*EPT_WALK, "a_walk_of_ept_costs_at_most_a_load_a_level"),
 )
 def a_walk_under_ept_costs_at_most_what_its_levels_say(nondet: Nondet, subject: Any) -> None:
-    """A guest's access reads at most (n + 1)(m + 1) - 1 entries, and none outside memory; without
-    flags of EPT's own, n(m + 1) more where the guest's flags have to be set.
+    """A guest's access reads at most (n + 1)(m + 1) - 1 entries; without flags of EPT's own,
+    n(m + 1) more where the guest's flags have to be set.
     """
     _costs(nondet, subject, *_under_ept(nondet))
 
@@ -202,7 +266,8 @@ def a_walk_under_ept_costs_at_most_what_its_levels_say(nondet: Nondet, subject: 
     reaches=("translated", "more than 18 loads", "entry outside memory"),
     needs=(NESTED, LOADS),
     twin="nested-walks-for-each-table-twice",
-    searched=STEPWISE,
+    bound=LONG,
+    uses=(*NPT_WALK, "a_nested_walk_costs_at_most_a_load_a_level"),
 )
 def a_walk_under_npt_costs_at_most_what_its_levels_say(nondet: Nondet, subject: Any) -> None:
     """The same under nested paging."""
@@ -213,13 +278,13 @@ def _is_as_on_a_bare_machine(
     nondet: Nondet, subject: Any, cpu: Cpu, stage: Stage, memory: Memory, access: Access
 ) -> None:
     """The guest-visible outcome is that of a machine whose memory is what the stage maps."""
-    outcome = subject.translate_nested(cpu, stage, memory, access)
     guest = GuestMemory(stage, memory)
     needed: list[Outcome] = []
     try:
         bare = paging.translate(cpu, guest, access)
     except Stopped as stopped:
         needed.append(stopped.outcome)
+    outcome = subject.translate_nested(cpu, stage, memory, access)
     if needed:
         assert type(outcome) is type(needed[0])
         nondet.reach("a table is out of reach")
@@ -250,7 +315,8 @@ def _is_as_on_a_bare_machine(
     reaches=("translated", "page fault", "exit", "a table is out of reach"),
     needs=(NESTED, SECOND_STAGE, PA, ERROR_CODE),
     twin="nested-rights-come-from-the-leaf",
-    searched="it follows from the walk's equality with the reference, which is proved",
+    bound=LONG,
+    uses=EPT_WALK,
 )
 def under_ept_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
     """What a guest sees is what it would see on a bare machine that holds the composed mapping: its
@@ -263,8 +329,9 @@ def under_ept_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
     source="AMD APM Vol. 2, 15.25.5 and 15.25.6",
     reaches=("translated", "page fault", "exit", "a table is out of reach"),
     needs=(NESTED, SECOND_STAGE, PA, ERROR_CODE),
-    twin="nested-root-is-not-translated",
-    searched="it follows from the walk's equality with the reference, which is proved",
+    twin="nested-page-fault-comes-after-the-page",
+    bound=LONG,
+    uses=NPT_WALK,
     unsuited=("exhaustive",),
 )
 def under_npt_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
@@ -277,17 +344,22 @@ def under_npt_a_guest_sees_a_bare_machine(nondet: Nondet, subject: Any) -> None:
     reaches=("translated", "page fault"),
     needs=(NESTED, PA, ERROR_CODE),
     twin="nested-rights-come-from-the-leaf",
-    searched="it follows from the walk's equality with the reference, which is proved",
+    bound=LONG,
+    uses=EPT_WALK,
 )
 def an_identity_second_stage_changes_nothing(nondet: Nondet, subject: Any) -> None:
     """If what a guest's walk needs is mapped to itself, the outcome is that without a stage."""
     cpu, stage, memory, access = _under_ept(nondet)
-    outcome = subject.translate_nested(cpu, stage, memory, access)
-    nondet.assume(isinstance(outcome, Translated | PageFault))
-    guest = GuestMemory(stage, memory)
-    bare = paging.translate(cpu, guest, access)
+    guest, reached = GuestMemory(stage, memory), True
+    try:
+        bare = paging.translate(cpu, guest, access)
+    except Stopped:
+        reached = False
+    nondet.assume(reached)
     for load in guest.loads:
         nondet.assume(load.pa == load.gpa)
+    outcome = subject.translate_nested(cpu, stage, memory, access)
+    nondet.assume(isinstance(outcome, Translated | PageFault))
     plain = subject.translate(cpu, memory, access)
     if isinstance(outcome, Translated) and isinstance(bare, Translated):
         nondet.assume(outcome.pa == bare.pa)

@@ -113,6 +113,25 @@ def a_left_shift_can_be_undone(nondet: Nondet, _: Any) -> None:
 
 
 @true
+def addresses_that_are_equal_hold_the_same(nondet: Nondet, _: Any) -> None:
+    memory, a, b = nondet.memory("m"), nondet.word("a"), nondet.word("b")
+    nondet.assume((a & 7 == 0) & (a < memory.limit))
+    first = memory.load(a)
+    nondet.assume(a == b)
+    assert memory.load(b >> 3 << 3) == first
+
+
+@false
+def addresses_that_may_be_equal_hold_the_same(nondet: Nondet, _: Any) -> None:
+    memory, a, b = nondet.memory("m"), nondet.word("a"), nondet.word("b")
+    nondet.assume((a & 7 == 0) & (a < memory.limit) & (b & 7 == 0) & (b < memory.limit))
+    first = memory.load(a)
+    if nondet.flag("same") == 1:
+        nondet.assume(a == b)
+    assert memory.load(b) == first
+
+
+@true
 def a_left_shift_of_few_bits_can_be_undone(nondet: Nondet, _: Any) -> None:
     x, by = nondet.word("x", SMALL), nondet.word("by") & 0x1F
     assert x << by >> by == x
