@@ -142,6 +142,7 @@ def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> Non
     bound=IN_LONG_MODE,
     uses=(*EPT_WALK, *MASKED),
     equates=(translate, NESTED),
+    unsuited=("exhaustive",),
 )
 def with_masks_and_shadow_stacks_the_walk_under_ept_equals_the_reference(
     nondet: Nondet, subject: Any
@@ -160,6 +161,7 @@ def with_masks_and_shadow_stacks_the_walk_under_ept_equals_the_reference(
     bound=IN_LONG_MODE,
     uses=(*NPT_WALK, *MASKED),
     equates=(translate, NESTED),
+    unsuited=("exhaustive",),
 )
 def with_masks_and_shadow_stacks_the_walk_under_npt_equals_the_reference(
     nondet: Nondet, subject: Any
