@@ -253,7 +253,7 @@ def _costs(
     reaches=("translated", "more than 18 loads", "entry outside memory"),
     needs=(NESTED, LOADS),
     twin="nested-walks-for-each-table-twice",
-    searched="where flags are written apart the proof takes minutes: under nested paging it is made",
+    searched="where flags are written apart a proof takes minutes: under npt it is made",
 )
 def a_walk_under_ept_costs_at_most_what_its_levels_say(nondet: Nondet, subject: Any) -> None:
     """A guest's access reads at most (n + 1)(m + 1) - 1 entries; without flags of EPT's own,
