@@ -74,7 +74,7 @@ class Guest(Emulator):
         self.launch(
             [
                 EMULATOR,
-                *("-machine", "pc,accel=tcg,memory-backend=ram", "-object", backend),
+                *("-machine", "pc,accel=tcg,memory-backend=ram,mem-merge=off", "-object", backend),
                 *("-m", f"{RAM_BYTES >> 20}M", "-cpu", f"{model},phys-bits={MAXPHYADDR}"),
                 *("-display", "none", "-nodefaults", "-no-user-config", "-no-reboot"),
                 *("-serial", "stdio", "-qmp", "unix:qmp,server=on,wait=off"),

@@ -196,7 +196,7 @@ class NestedKvm(Emulator):
             self.launch(
                 [
                     EMULATOR,
-                    *("-machine", "q35,accel=tcg", "-cpu", "EPYC,+svm,+npt"),
+                    *("-machine", "q35,accel=tcg,mem-merge=off", "-cpu", "EPYC,+svm,+npt"),
                     *("-m", f"{RAM_BYTES >> 20}M", *own_ram),
                     *("-display", "none", "-nodefaults", "-no-user-config", "-no-reboot"),
                     *("-serial", "stdio"),
