@@ -216,6 +216,7 @@ class ControlStates:
         name: str,
         registers: Mapping[str, Domain],
         entries: Domain = domains.ENTRY,
+        accesses: Domain = domains.ANY_ACCESS,
         pdptes: bool = False,
     ) -> None:
         self.name, self.entries, self.pdptes = name, entries, pdptes
@@ -226,7 +227,7 @@ class ControlStates:
         self.draws = tuple(draws.items())
         masked = registers.get("cr3") is domains.MASKED_CR3
         address = domains.TAGGED_ADDRESS if masked else domains.ADDRESS
-        self.access_draws = (("access", domains.ANY_ACCESS), ("address", address))
+        self.access_draws = (("access", accesses), ("address", address))
 
     def __repr__(self) -> str:
         return self.name

@@ -51,7 +51,7 @@ PAGES_40 = Domain(
 INSIDE = Domain(
     free=low_bits(51),
     bias=lambda raw: raw >> 8 & low_bits(32 if raw & 0x10 else 25),
-    scope=(0x200123, 0, 0x3FF000),
+    scope=(0x200123, 0, 0x3FF000, 1 << 30),
 )
 LEVEL = Domain(among=(1, 2, 3))
 SLOT = (("gpa", PAGES_40), ("size", PAGES_40), ("hva", PAGES_40))

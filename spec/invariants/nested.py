@@ -4,8 +4,17 @@ from typing import Any
 
 from vapama.spec import paging
 from vapama.spec.access import Access
-from vapama.spec.cpu import Cpu
-from vapama.spec.domains import ENTRY, EPT_ENTRY, SHADOW_ENTRY, Domain
+from vapama.spec.cpu import CET, LA57, PAE, Cpu
+from vapama.spec.domains import (
+    ACCESS,
+    ENTRY,
+    EPT_ENTRY,
+    MASKED_CR3,
+    MASKING_CR4,
+    SHADOW_ENTRY,
+    SHADOW_STACK_ACCESSES,
+    Domain,
+)
 from vapama.spec.memory import Counted, Memory
 from vapama.spec.nested import (
     GuestMemory,
@@ -15,7 +24,7 @@ from vapama.spec.nested import (
     most_loads,
     translate,
 )
-from vapama.spec.nondet import LONG_MODE, Nondet, invariant
+from vapama.spec.nondet import ControlStates, Nondet, invariant
 from vapama.spec.outcomes import (
     EptMisconfiguration,
     EptViolation,
@@ -43,9 +52,18 @@ from vapama.spec.words import low_bits
 EPT_WALK = ("the_ept_walk_equals_the_reference", "a_page_of_ept_keeps_the_low_bits")
 NPT_WALK = ("the_npt_walk_equals_the_reference", "a_nested_page_keeps_the_low_bits")
 MASKED = ("the_address_without_metadata_equals_the_reference",)
-IN_LONG_MODE = "guests in 4-level and 5-level paging"
+ORDINARY = "guests in 4-level and 5-level paging, no accesses to shadow stacks"
+FOUR_BY_FOUR = "4 levels in both stages"
 LONG = "guests in 4-level and 5-level paging, no masked addresses, no shadow stacks"
 GUEST_KINDS = ("translated", "page fault", "non-canonical address", "entry outside memory")
+_MASKING = {"cr3": MASKED_CR3, "cr4": MASKING_CR4}
+MASKING_GUESTS = ControlStates("any masking, ordinary accesses", _MASKING, accesses=ACCESS)
+SHADOW_STACK_GUESTS = ControlStates(
+    "any masking, shadow stacks, 4-level paging",
+    {**_MASKING, "cr4": Domain(free=MASKING_CR4.free & ~(LA57 | CET), fixed=PAE | CET)},
+    SHADOW_ENTRY,
+    accesses=Domain(among=SHADOW_STACK_ACCESSES),
+)
 DIFFERENCE = Domain(free=low_bits(21), scope=(0x1000, 0x1))
 
 
@@ -109,67 +127,67 @@ def _equals_the_reference(
 
 
 @invariant(
-    source="Intel SDM Vol. 3C, 31.3.1, 31.3.3.3, 31.3.5 and table 30-7",
+    source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3C, 31.3.1, 31.3.3.3, 31.3.5 and table 30-7",
     reaches=(*GUEST_KINDS, "EPT violation", "EPT misconfiguration"),
-    needs=(NESTED,),
+    needs=(NESTED, MASKING),
     twin="nested-skips-the-guests-flags",
-    bound=LONG,
-    uses=("with_masks_and_shadow_stacks_the_walk_under_ept_equals_the_reference",),
+    bound=ORDINARY,
+    uses=(*EPT_WALK, *MASKED),
 )
 def the_walk_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """A guest's access under EPT has the reference's outcome, exit and flags in both dimensions."""
-    _equals_the_reference(nondet, subject, *_under_ept(nondet))
+    cpu, stage = nondet.cpu(MASKING_GUESTS), nondet.ept()
+    memory = nondet.memory("host", entries=EPT_ENTRY)
+    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(MASKING_GUESTS))
 
 
 @invariant(
-    source="AMD APM Vol. 2, 15.25.5 and 15.25.6",
+    source="Intel SDM Vol. 1, 3.3.7.1; AMD APM Vol. 2, 15.25.5 and 15.25.6",
     reaches=(*GUEST_KINDS, "nested page fault"),
-    needs=(NESTED,),
+    needs=(NESTED, MASKING),
     twin="nested-tables-are-accessed-as-pages",
-    bound=LONG,
-    uses=("with_masks_and_shadow_stacks_the_walk_under_npt_equals_the_reference",),
+    bound=ORDINARY,
+    uses=(*NPT_WALK, *MASKED),
 )
 def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """A guest's access under nested paging has the reference's outcome, exit and flags."""
-    _equals_the_reference(nondet, subject, *_under_npt(nondet))
+    cpu, stage = nondet.cpu(MASKING_GUESTS), nondet.npt()
+    memory = nondet.memory("host", entries=ENTRY)
+    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(MASKING_GUESTS))
 
 
 @invariant(
-    source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.6.1; Vol. 3C, 31.3.1 and 31.3.3.2",
-    reaches=(*GUEST_KINDS, "EPT violation", "EPT misconfiguration"),
-    needs=(NESTED, MASKING, SHADOW_STACKS),
-    twin="nested-addresses-are-not-masked",
-    bound=IN_LONG_MODE,
-    uses=(*EPT_WALK, *MASKED),
-    equates=(translate, NESTED),
-    unsuited=("exhaustive",),
-)
-def with_masks_and_shadow_stacks_the_walk_under_ept_equals_the_reference(
-    nondet: Nondet, subject: Any
-) -> None:
-    """The same with any masking and with CR4.CET, of accesses to shadow stacks too."""
-    cpu, stage = nondet.cpu(LONG_MODE), nondet.ept()
-    memory = nondet.memory("host", entries=EPT_ENTRY)
-    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(LONG_MODE))
-
-
-@invariant(
-    source="Intel SDM Vol. 1, 3.3.7.1; Vol. 3A, 4.6.1; AMD APM Vol. 2, 15.25.5 and 15.25.6",
-    reaches=(*GUEST_KINDS, "nested page fault"),
-    needs=(NESTED, MASKING, SHADOW_STACKS),
+    source="Intel SDM Vol. 3A, 4.6.1; Vol. 3C, 31.3.1 and 31.3.3.2",
+    reaches=("page fault", "EPT violation"),
+    needs=(NESTED, SHADOW_STACKS),
     twin="nested-shadow-stacks-hang-below-any-entry",
-    bound=IN_LONG_MODE,
-    uses=(*NPT_WALK, *MASKED),
-    equates=(translate, NESTED),
+    bound=FOUR_BY_FOUR,
+    uses=(*EPT_WALK, *MASKED),
     unsuited=("exhaustive",),
 )
-def with_masks_and_shadow_stacks_the_walk_under_npt_equals_the_reference(
-    nondet: Nondet, subject: Any
-) -> None:
+def the_walk_to_a_shadow_stack_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> None:
+    """The same of an access to a shadow stack."""
+    cpu, stage = nondet.cpu(SHADOW_STACK_GUESTS), nondet.ept()
+    nondet.assume(stage.levels == 4)
+    memory = nondet.memory("host", entries=EPT_ENTRY)
+    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(SHADOW_STACK_GUESTS))
+
+
+@invariant(
+    source="Intel SDM Vol. 3A, 4.6.1; AMD APM Vol. 2, 15.25.5 and 15.25.6",
+    reaches=("page fault", "nested page fault"),
+    needs=(NESTED, SHADOW_STACKS),
+    twin="nested-shadow-stacks-hang-below-any-entry",
+    bound=FOUR_BY_FOUR,
+    uses=(*NPT_WALK, *MASKED),
+    unsuited=("exhaustive",),
+)
+def the_walk_to_a_shadow_stack_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """The same under nested paging."""
-    cpu, stage = nondet.cpu(LONG_MODE), nondet.npt()
+    cpu, stage = nondet.cpu(SHADOW_STACK_GUESTS), nondet.npt()
+    nondet.assume(stage.levels == 4)
     memory = nondet.memory("host", entries=SHADOW_ENTRY)
-    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(LONG_MODE))
+    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(SHADOW_STACK_GUESTS))
 
 
 @invariant(
