@@ -163,6 +163,15 @@ class Guest:
 
     # From guest frames to frames of machine memory.
 
+    def names_of(self, gfn: int) -> list[int]:
+        """Every guest frame that is the same page of the backing: slots may overlap there."""
+        slot = self.slot_of(gfn)
+        if slot is None:
+            return [gfn]
+        page = slot.page + gfn - slot.gfn
+        slots = self.slots.values()
+        return [s.gfn + page - s.page for s in slots if 0 <= page - s.page < s.end - s.gfn]
+
     def slot_of(self, gfn: int) -> SlotState | None:
         """The slot that holds a guest frame."""
         return self.slot_by_gfn[gfn]

@@ -445,7 +445,8 @@ class ShadowMmu(Mmu):
             page = self._child(vcpu, page, index, table, rights[page.level], 0)
         goal = 1
         if slot is not None:
-            goal = guest.level_of(slot, gfn, level, word >> 4 & 1, self.shadowing)
+            tables = self.shadowing if level == 1 else self._tables_by_any_name()
+            goal = guest.level_of(slot, gfn, level, word >> 4 & 1, tables)
         while page.level > goal or self._stays_small(page, address):
             index = page.base | address >> 3 + 9 * page.level & 511
             start = gfn & ~((1 << 9 * (page.level - 1)) - 1)
@@ -527,7 +528,8 @@ class ShadowMmu(Mmu):
         direct, level = role & DIRECT, role & LEVEL
         if not direct and level > 1:
             # A table of an upper level is write-protected: no page of it may stay unsync.
-            for other in list(self.shadowing.get(gfn, ())):
+            names = self.guest.names_of(gfn)
+            for other in [p for name in names for p in self.shadowing.get(name, ())]:
                 if other.unsync:
                     self._zap(other)
             self._commit(flush=False)
@@ -542,7 +544,7 @@ class ShadowMmu(Mmu):
         self.by_role[gfn, role] = page
         if not direct:
             self.shadowing.setdefault(gfn, []).append(page)
-            if self._write_protect(gfn):
+            if self._write_protect_table(gfn):
                 self.guest.flush()
         return page
 
@@ -729,10 +731,10 @@ class ShadowMmu(Mmu):
 
         Tables of the lowest level go unsync instead, if they may.
         """
-        shadowing = self.shadowing
         if level > 1:
-            return any(gfn <= g < gfn + (1 << 9 * (level - 1)) for g in shadowing)
-        pages = shadowing.get(gfn)
+            end = gfn + (1 << 9 * (level - 1))
+            return any(gfn <= table < end for table in self._tables_by_any_name())
+        pages = [p for name in self.guest.names_of(gfn) for p in self.shadowing.get(name, ())]
         if not pages:
             return False
         if not may_unsync or any(page.level > 1 for page in pages):
@@ -758,6 +760,15 @@ class ShadowMmu(Mmu):
             if not page.unsync_children and not page.unsync:
                 for above, parent in page.parents.items():
                     self._clear_unsync(parent, above)
+
+    def _tables_by_any_name(self) -> set[int]:
+        """Every guest frame that is the page of a table that is shadowed."""
+        return {name for gfn in self.shadowing for name in self.guest.names_of(gfn)}
+
+    def _write_protect_table(self, gfn: int) -> bool:
+        """The same of a table, which may be stored to by any of its names."""
+        had = [self._write_protect(name) for name in self.guest.names_of(gfn)]
+        return any(had)
 
     def _write_protect(self, gfn: int) -> bool:
         """Take the right to write from every SPTE that maps a guest frame. True if any had it."""
@@ -821,7 +832,7 @@ class ShadowMmu(Mmu):
         for stale in list(self._unsync_below(page)):
             if stale.invalid or not stale.unsync:
                 continue
-            if self._write_protect(stale.gfn):
+            if self._write_protect_table(stale.gfn):
                 self.guest.flush()
             if self._sync_page(vcpu, stale):
                 self.guest.flush()
@@ -898,9 +909,9 @@ class ShadowMmu(Mmu):
 
     def written(self, gpa: int, size: int) -> None:
         """The hypervisor stored to a guest's memory for it: what was made of tables there goes."""
-        gfn = gpa >> 12
+        names = self.guest.names_of(gpa >> 12)
         dropped = False
-        for page in list(self.shadowing.get(gfn, ())):
+        for page in [p for name in names for p in self.shadowing.get(name, ())]:
             page.writes += 1
             flooded = page.level > 1 and page.writes >= FLOODED
             if flooded or (gpa | size) & (3 if page.short else 7):
