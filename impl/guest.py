@@ -169,8 +169,11 @@ class Guest:
         if slot is None:
             return [gfn]
         page = slot.page + gfn - slot.gfn
-        slots = self.slots.values()
-        return [s.gfn + page - s.page for s in slots if 0 <= page - s.page < s.end - s.gfn]
+        return [
+            s.gfn + page - s.page
+            for s in self.slots.values()
+            if s.page <= page < s.page + s.end - s.gfn
+        ]
 
     def slot_of(self, gfn: int) -> SlotState | None:
         """The slot that holds a guest frame."""
