@@ -69,6 +69,8 @@ PAGES = 16
 MAIN = Slot(0, PAGES, 0)
 ALIAS = Slot(24, 4, 8)
 """The guest frames at which pages 8 to 11 are a second time."""
+TABLES = Slot(24, 4, POINTERS)
+"""The same guest frames as other names of tables instead."""
 ROM = Slot(32, 2, PAGES, readonly=True)
 ELSEWHERE = Slot(520, 4, 8)
 """Those guest frames moved, out of the first 2 MBytes."""
@@ -216,10 +218,11 @@ def plan(style: Word = 0, design: str = SHADOW, guests: int = 2, vcpus: int = 2)
     31:29 and 34:32 its paging modes, 35 whether a second stage has five levels, 36 that it has all
     four pages in mind and not the first alone, 37 that it is narrow: most of it is about one page,
     below the directory's entry of bits 39:38, and about the entry that maps it; 40 that the memory
-    is swapped out at first.
+    is swapped out at first; 47 that tables have two names.
     """
     processors = (cpu(style, design),) * vcpus
-    guest = GuestPlan(processors, {0: MAIN, 1: ALIAS, 2: ROM}, image())
+    again = TABLES if style >> 47 & 1 else ALIAS
+    guest = GuestPlan(processors, {0: MAIN, 1: again, 2: ROM}, image())
     levels = 4 + (style >> 35 & 1)
     return Plan(
         (guest,) * guests,

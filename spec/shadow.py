@@ -220,8 +220,11 @@ class _Audit:
         self.links: dict[int, int] = {}
         """The table that an entry leads to, by index."""
         self.shadowed = {
-            page.gfn for page in guest.tables.values() if not page.direct and not page.unsync
+            self.page_of(page.gfn)
+            for page in guest.tables.values()
+            if not page.direct and not page.unsync
         }
+        """Pages of the backing that hold a table which is kept true, whatever they are called."""
 
     def run(self) -> Iterator[Violation]:
         """Every rule that does not hold."""
@@ -249,12 +252,16 @@ class _Audit:
                 return slot
         return None
 
+    def page_of(self, gfn: int) -> int | None:
+        """The page of the backing that a guest frame is; None if it is in no slot."""
+        slot = self.slot_of(gfn)
+        return None if slot is None else slot.page + gfn - slot.gfn
+
     def guest_word(self, gfn: int, place: int) -> Word | None:
         """A word of the guest's memory; None if there is none."""
-        slot = self.slot_of(gfn)
-        if slot is None:
+        page = self.page_of(gfn)
+        if page is None:
             return None
-        page = slot.page + gfn - slot.gfn
         frame = self.guest.frame_of(page)
         if frame is None:
             return self.guest.swapped.get(page, {}).get(place, 0)
@@ -350,13 +357,14 @@ class _Audit:
     def _writable(self, index: int, gfns: range, slot: SlotView) -> Iterator[Violation]:
         """Rules 5, 7 and 22: what is mapped to be written is nothing that must not be, unseen."""
         guest, shift = self.guest, slot.page - slot.gfn
-        shared = among(range(gfns.start + shift, gfns.stop + shift), guest.shared)
+        pages = range(gfns.start + shift, gfns.stop + shift)
+        shared = among(pages, guest.shared)
         for gfn in gfns[:1] if slot.readonly else [page - shift for page in shared]:
             yield Violation(
                 7, f"a page that must not be written is writable: guest frame {gfn:#x}", index
             )
-        for gfn in among(gfns, self.shadowed):
-            yield Violation(5, f"the shadowed table {gfn:#x} can be written", index)
+        for page in among(pages, self.shadowed):
+            yield Violation(5, f"the shadowed table {page - shift:#x} can be written", index)
         # Extended page tables tell of writes by their dirty flags instead.
         if slot.log and guest.design != EPT:
             unseen = next((gfn for gfn in gfns if gfn not in slot.dirty), None)
@@ -612,11 +620,11 @@ def rights_of(entry: Word) -> int:
     return entry & (W | U) | (entry >> 63 ^ 1)
 
 
-def among(numbers: range, some: Collection[int]) -> list[int]:
+def among(numbers: range, some: Collection[int | None]) -> list[int]:
     """Which of these numbers are some of those."""
     if len(numbers) < len(some):
         return [number for number in numbers if number in some]
-    return [number for number in some if number in numbers]
+    return [number for number in some if number is not None and number in numbers]
 
 
 def excess(rights: int, given: int, role: Role) -> bool:

@@ -31,7 +31,7 @@ from vapama.spec.subject import VIEW, VMM
 from vapama.spec.words import Word
 
 DESIGNS = (SHADOW, EPT, NPT)
-STYLE = Domain(free=(1 << 41) - 1, scope=(0x8864,))
+STYLE = Domain(free=(1 << 41) - 1 | 1 << 47, scope=(0x8864,))
 """What a program has in mind; see `programs.plan`."""
 LENGTH = Domain(free=63, scope=(2,))
 """How many steps a program has."""
