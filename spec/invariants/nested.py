@@ -118,8 +118,11 @@ def a_nested_page_keeps_the_low_bits(nondet: Nondet, subject: Any) -> None:
 
 
 def _equals_the_reference(
-    nondet: Nondet, subject: Any, cpu: Cpu, stage: Stage, memory: Memory, access: Access
+    nondet: Nondet, subject: Any, guests: ControlStates, stage: Stage, entries: Domain
 ) -> None:
+    """Any access of such guests under this stage, to any memory of the host's with such entries."""
+    cpu, access = nondet.cpu(guests), nondet.access(guests)
+    memory = nondet.memory("host", entries=entries)
     expected = translate(cpu, stage, memory, access)
     nondet.reach(kind(expected))
     observed = subject.translate_nested(cpu, stage, memory, access)
@@ -136,9 +139,7 @@ def _equals_the_reference(
 )
 def the_walk_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """A guest's access under EPT has the reference's outcome, exit and flags in both dimensions."""
-    cpu, stage = nondet.cpu(MASKING_GUESTS), nondet.ept()
-    memory = nondet.memory("host", entries=EPT_ENTRY)
-    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(MASKING_GUESTS))
+    _equals_the_reference(nondet, subject, MASKING_GUESTS, nondet.ept(), EPT_ENTRY)
 
 
 @invariant(
@@ -151,9 +152,7 @@ def the_walk_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> Non
 )
 def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """A guest's access under nested paging has the reference's outcome, exit and flags."""
-    cpu, stage = nondet.cpu(MASKING_GUESTS), nondet.npt()
-    memory = nondet.memory("host", entries=ENTRY)
-    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(MASKING_GUESTS))
+    _equals_the_reference(nondet, subject, MASKING_GUESTS, nondet.npt(), ENTRY)
 
 
 @invariant(
@@ -167,10 +166,9 @@ def the_walk_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> Non
 )
 def the_walk_to_a_shadow_stack_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """The same of an access to a shadow stack."""
-    cpu, stage = nondet.cpu(SHADOW_STACK_GUESTS), nondet.ept()
+    stage = nondet.ept()
     nondet.assume(stage.levels == 4)
-    memory = nondet.memory("host", entries=EPT_ENTRY)
-    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(SHADOW_STACK_GUESTS))
+    _equals_the_reference(nondet, subject, SHADOW_STACK_GUESTS, stage, EPT_ENTRY)
 
 
 @invariant(
@@ -184,10 +182,9 @@ def the_walk_to_a_shadow_stack_under_ept_equals_the_reference(nondet: Nondet, su
 )
 def the_walk_to_a_shadow_stack_under_npt_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """The same under nested paging."""
-    cpu, stage = nondet.cpu(SHADOW_STACK_GUESTS), nondet.npt()
+    stage = nondet.npt()
     nondet.assume(stage.levels == 4)
-    memory = nondet.memory("host", entries=SHADOW_ENTRY)
-    _equals_the_reference(nondet, subject, cpu, stage, memory, nondet.access(SHADOW_STACK_GUESTS))
+    _equals_the_reference(nondet, subject, SHADOW_STACK_GUESTS, stage, SHADOW_ENTRY)
 
 
 @invariant(
