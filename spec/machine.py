@@ -187,6 +187,7 @@ class GuestMachine:
             sorted([(a, list(held.items())) for a, held in self.history.held.items()]),
             [p.state() for p in self.processors],
             sorted([(number, sorted(gfns)) for number, gfns in self.dirty.items()]),
+            sorted(self.entries),
             self.edited,
         )
         return blake2b(marshal.dumps(parts, 2), digest_size=16).digest()
