@@ -196,6 +196,7 @@ def run(
         seconds=time.monotonic() - start,
         executions=runs,
         known=dict(known),
+        states=len(nondet.states),
         detail=f"all {runs:,} cases of width {width}"
         + (f", {len(nondet.states):,} states" if nondet.states else ""),
     )

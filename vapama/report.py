@@ -139,6 +139,10 @@ def print_report(report: Report, console: Console, saved: dict[int, Path]) -> No
         )
         if agreed.first_difference:
             console.print(f"  first difference: {agreed.first_difference}")
+    for verdict in report.verdicts:
+        if verdict.states and verdict.good:
+            title = verdict.invariant.replace("_", " ")
+            console.print(f"distinct states: {verdict.states:,}, {title}", soft_wrap=True)
     if report.coverage:
         console.print(f"atheris coverage: {report.coverage}")
     for name, count in known_departures(report).items():

@@ -16,7 +16,8 @@ class Verdict(msgspec.Struct, kw_only=True):
     `detail` is the evidence in a few words (examples, executions, paths); `why` says what is wrong
     for any other status than proved or held. `known` counts the disagreements that are departures
     of the subject known by name. A proof also has: `rests_on`, the lemmas that it uses; `queries`,
-    how often the solver was asked; `second_solver`, what bitwuzla says and how long it took.
+    how often the solver was asked; `second_solver`, what bitwuzla says and how long it took. An
+    exhaustive run over states has `states`, how many of them are distinct.
     """
 
     invariant: str
@@ -32,6 +33,7 @@ class Verdict(msgspec.Struct, kw_only=True):
     rests_on: tuple[str, ...] = ()
     queries: int = 0
     second_solver: str = ""
+    states: int = 0
 
     @property
     def good(self) -> bool:

@@ -103,6 +103,7 @@ def test_states_met_before_are_explored_once(toy: Toy, reference: Guarded) -> No
     assert reached == set(visits) == set(range(7))
     # One step leads to 0 and 1, two to 0..3, and so on: 2 + 4 + 7 * 6.
     assert pruned.detail == f"all {pruned.executions} cases of width None, 48 states"
+    assert pruned.states == 48
 
 
 class Walker:
