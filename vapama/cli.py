@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -161,9 +162,12 @@ def prove(
     chosen = checking.chosen_invariants(invariants or [])
     budget = budget_named("standard")
     if mistakes:
+        from vapama.proofs.apart import apart
         from vapama.proofs.prover import refute
 
-        hunt_mistakes(lambda i, name: refute(i, name, budget.rlimit), "z3", invariants, json)
+        hunt_mistakes(
+            lambda i, name: apart(partial(refute, i, name, budget.rlimit)), "z3", invariants, json
+        )
     jobs, skipped = checking.plan(chosen, ("z3",), budget, subject or "optimized")
     if skipped:
         raise BadInput(f"--subject {subject}: {skipped['z3']}")

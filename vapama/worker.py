@@ -3,10 +3,8 @@
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -70,9 +68,6 @@ def _check_snapshot(job: Job, tell: Tell) -> None:
 def _check_invariants(job: Job, tell: Tell) -> None:
     registry = load_invariants()
     subject = load_subject(job.subject)
-    if job.engine == "z3":
-        import_module("vapama.proofs.prover")  # once, and not by each child
-
     applicable = []
     for name in job.invariants:
         invariant = registry[name]
@@ -91,52 +86,20 @@ def _check_invariants(job: Job, tell: Tell) -> None:
         return
     for invariant in applicable:
         tell(Event(at=invariant.name))
-        if job.engine == "z3":
-            _apart(partial(_check, job, invariant, subject, tell), tell)
-        else:
-            _check(job, invariant, subject, tell)
-
-
-def _check(job: Job, invariant: Invariant, subject: Guarded, tell: Tell) -> None:
-    try:
-        verdict = _run(job, invariant, subject, _progress(invariant.name, tell))
-    except BadInput:
-        raise
-    except Exception as error:  # an invariant of the user's may raise anything
-        why = f"the invariant raised {type(error).__name__}: {error}".splitlines()[0]
-        verdict = Verdict(
-            invariant=invariant.name,
-            engine=job.engine,
-            subject=job.subject,
-            status=UNDECIDED,
-            why=why,
-        )
-    tell(Event(verdict=verdict))
-
-
-def _apart(work: Callable[[], None], tell: Tell) -> None:
-    """Do it in a child process, so that it finds all as if it were the first.
-
-    How z3 goes about a query depends on the terms that its process has made before, by proofs that
-    have nothing to do with it: one came to its limit of steps after some, and not after others.
-    """
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        if status:
-            sys.exit(os.waitstatus_to_exitcode(status))
-        return
-    status = 1
-    try:
-        work()
-        status = 0
-    except BadInput as error:
-        tell(Event(bad_input=str(error)))
-        status = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+        try:
+            verdict = _run(job, invariant, subject, _progress(invariant.name, tell))
+        except BadInput:
+            raise
+        except Exception as error:  # an invariant of the user's may raise anything
+            why = f"the invariant raised {type(error).__name__}: {error}".splitlines()[0]
+            verdict = Verdict(
+                invariant=invariant.name,
+                engine=job.engine,
+                subject=job.subject,
+                status=UNDECIDED,
+                why=why,
+            )
+        tell(Event(verdict=verdict))
 
 
 def _not_applicable(job: Job, invariant: Invariant, why: str) -> Verdict:
@@ -157,13 +120,14 @@ def _run(
     match job.engine:
         case "z3":
             from vapama.proofs import prover
+            from vapama.proofs.apart import apart
 
             options = prover.Options(
                 rlimit=budget.rlimit,
                 hang_seconds=budget.hang_seconds,
                 export=Path(job.export) if job.export else None,
             )
-            return prover.prove(invariant, subject, options, progress)
+            return apart(partial(prover.prove, invariant, subject, options, progress))
         case "random":
             from vapama.fuzz import random_engine
 

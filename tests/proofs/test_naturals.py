@@ -1,5 +1,6 @@
 """Proofs over natural numbers: what they prove, and what they refuse."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import z3
 
 from vapama.bugs.mistakes import MISTAKES
 from vapama.impl.optimized import Optimized
+from vapama.proofs.apart import apart
 from vapama.proofs.completeness import completeness, smtlib, valid_by_cvc5
 from vapama.proofs.naturals import Naturals
 from vapama.proofs.prover import Options, prove, refute, replay_pinned
@@ -112,7 +114,7 @@ COUNTING = [name for name, m in MISTAKES.items() if load_invariants()[m.breaks].
 @pytest.mark.parametrize("name", COUNTING)
 def test_a_mistake_in_accounting_is_refuted_for_numbers_that_fail_when_pinned(name: str) -> None:
     invariant = load_invariants()[MISTAKES[name].breaks]
-    verdict = refute(invariant, name)
+    verdict = apart(partial(refute, invariant, name))
     assert verdict.status == COUNTEREXAMPLE
     assert verdict.case is not None
     mistaken = Guarded(name, MISTAKES[name].subject())

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path as FilePath
 from random import Random
 from typing import Any
@@ -15,6 +16,7 @@ from vapama.case import Case, make_case
 from vapama.fuzz.decoded import RandomDraws
 from vapama.fuzz.random_engine import Search
 from vapama.impl.optimized import Optimized
+from vapama.proofs.apart import apart
 from vapama.proofs.completeness import completeness, smtlib, valid_by_bitwuzla, valid_by_z3
 from vapama.proofs.prover import Options, prove, refute, replay_pinned
 from vapama.proofs.symbolic import (
@@ -312,7 +314,7 @@ def test_a_mistake_that_z3_gives_up_on_is_found_by_runs(name: str) -> None:
 )
 def test_a_seeded_mistake_is_refuted_by_a_case_that_fails_on_ints(name: str) -> None:
     invariant = INVARIANTS[MISTAKES[name].breaks]
-    verdict = refute(invariant, name)
+    verdict = apart(partial(refute, invariant, name))
     assert verdict.status == COUNTEREXAMPLE
     assert verdict.case is not None
     mistaken = Guarded(name, MISTAKES[name].subject())
