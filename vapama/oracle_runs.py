@@ -211,6 +211,13 @@ def _second_stage_walk(narrow: dict[str, Domain], random: Random, subject: BareM
     access = nondet.guest_physical_access()
     if stage.levels == 3:
         access = access._replace(address=access.address & low_bits(32))
+    return second_stage_case(stage, lazy, access, subject)
+
+
+def second_stage_case(
+    stage: Stage, lazy: Memory, access: GuestPhysicalAccess, subject: BareMetal
+) -> Drawn:
+    """A case of an access to a guest-physical address. Raises `NotCovered`."""
     watched = Watched(lazy)
     expected = second_stage.translate(stage, watched, access)
     memory = Sparse({a: lazy.load(a) for a in watched.loads}, lazy.limit)
@@ -218,7 +225,7 @@ def _second_stage_walk(narrow: dict[str, Domain], random: Random, subject: BareM
     _require_in_reach(stage, expected)
     asked = virtual.ask(stage, memory, access, subject.machine)
     return Drawn(
-        "EPT" if by_ept else NPT_OF[stage.levels],
+        "EPT" if isinstance(stage, Ept) else NPT_OF[stage.levels],
         stage,
         memory,
         access,
@@ -296,6 +303,21 @@ class _Mended:
     def load(self, address: Word) -> Word:
         """The entry at an address."""
         return self.entries[address] if address in self.entries else self.memory.load(address)
+
+
+class _FirstMended:
+    """A memory that is loaded from once as another entry: a table may be met again further down,
+    where the same word means something else.
+    """
+
+    def __init__(self, memory: Memory, first: Word) -> None:
+        self.memory, self.limit = memory, memory.limit
+        self.first: Word | None = first
+
+    def load(self, address: Word) -> Word:
+        """The entry at an address."""
+        first, self.first = self.first, None
+        return self.memory.load(address) if first is None else first
 
 
 def _with_a_root(cpu: Cpu, stage: Stage, memory: Memory) -> Memory:
@@ -380,8 +402,7 @@ def _with_a_careless_pdpte(
     if stage.levels != 3 or not memory.touched:
         return {}
     at, entry = next(iter(memory.touched.items()))
-    mended = Sparse(memory.touched | {at: entry & ~PDPTE_RESERVED}, memory.limit)
-    outcome = second_stage.translate(stage, mended, access)
+    outcome = second_stage.translate(stage, _FirstMended(memory, entry & ~PDPTE_RESERVED), access)
     flag = (Update(at, ACCESSED),)
     if isinstance(outcome, Translated):
         return {PDPTE_IS_CARELESS.name: replace(outcome, updates=flag + outcome.updates)}

@@ -281,6 +281,21 @@ def test_every_departure_of_this_machine_is_still_there(subject: BareMetal) -> N
     assert not gone, f"{subject.machine.name} does not depart any more by {gone}: drop the entries"
 
 
+def test_a_nested_pdpte_may_be_a_pde_too(on_qemu: BareMetal) -> None:
+    host, entry = Npt(0x1C60, PAE, efer=0, maxphyaddr=40), 0x1F5F
+    access = GuestPhysicalAccess(0xB1D8_F6DE, fetch=1)
+    memory = Sparse({0x1C70: entry}, machines.SERVER)
+    asked = oracle_runs.second_stage_case(host, memory, access, on_qemu)
+    (careless,) = asked.departing.values()
+    # As a PDE it keeps the bits that are reserved in it as the PDPTE: U/S is one.
+    assert isinstance(careless, Translated)
+    tally = oracle_runs.Tally()
+    oracle_runs.give(on_qemu, [asked])
+    for of_case, result in oracle_runs.finish(on_qemu, [asked], tally):
+        oracle_runs.judge(on_qemu, of_case, result, tally)
+    assert dict(tally.known) == {departures.PDPTE_IS_CARELESS.name: 1}, tally
+
+
 def test_bochs_takes_pkru_for_supervisor_pages_still(subject: BareMetal) -> None:
     if subject.machine.name != "bochs":
         pytest.skip("about Bochs")
