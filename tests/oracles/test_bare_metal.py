@@ -283,7 +283,7 @@ def test_every_departure_of_this_machine_is_still_there(subject: BareMetal) -> N
 
 def test_a_nested_pdpte_may_be_a_pde_too(on_qemu: BareMetal) -> None:
     host, entry = Npt(0x1C60, PAE, efer=0, maxphyaddr=40), 0x1F5F
-    access = GuestPhysicalAccess(0xB1D8_F6DE, fetch=1)
+    access = GuestPhysicalAccess(0xB1D8_E6DE, fetch=1)
     memory = Sparse({0x1C70: entry}, machines.SERVER)
     asked = oracle_runs.second_stage_case(host, memory, access, on_qemu)
     (careless,) = asked.departing.values()
