@@ -31,7 +31,21 @@ from vapama.spec.hugepages import (
     table_pages,
     walk_references,
 )
-from vapama.spec.steps import EPT, NPT, SHADOW, Collapse, Invlpg, Load, Move, Step, Store
+from vapama.spec.overcommit import BLOCK, GBYTE
+from vapama.spec.paging import PAGE_SIZE
+from vapama.spec.steps import (
+    EPT,
+    NPT,
+    SHADOW,
+    Collapse,
+    Invlpg,
+    Load,
+    Move,
+    Plan,
+    Slot,
+    Step,
+    Store,
+)
 
 DESIGNS = (SHADOW, EPT, NPT)
 SIZES = {"4K": 1, "2M": 2, "1G": 3}
@@ -119,17 +133,22 @@ class Exits(msgspec.Struct, frozen=True):
 
 WORKLOADS = ("memory", "page tables", "processes")
 """What guests do: use their memory; edit their page tables too; switch between processes too."""
-EXIT_SIZES = ("4K", "2M")
+BLOCKS = 16
+"""Of the guest's memory that is used, in 2 MBytes."""
+WINDOW = 16
+"""The first entry of the guest's page directory that maps it: by large pages of the guest's own."""
 
 
 def exits(steps: int, seed: int) -> Iterator[Exits]:
-    """Run each workload on the hypervisor under each design, with small and with huge pages."""
-    for workload, design, pages in product(WORKLOADS, DESIGNS, EXIT_SIZES):
-        plan = overcommit.plan(0, design)
-        hypervisor = Vmm(plan)
-        if pages == "2M":
-            hypervisor.do(Store(0, 0, Access(overcommit.WINDOW, 1), 1))
-            hypervisor.do(Collapse(0, overcommit.BLOCK))
+    """Run each workload on the hypervisor under each design, with host pages of each size. The
+    guest stored to each of its large pages before; pages of 2 MBytes were made by the host then.
+    """
+    for workload, design, pages in product(WORKLOADS, DESIGNS, SIZES):
+        hypervisor = Vmm(_plan(design, pages))
+        for block in range(BLOCKS):
+            hypervisor.do(Store(0, 0, Access(WINDOW + block << 21, 1), 1))
+            if pages == "2M":
+                hypervisor.do(Collapse(0, (1 + block) * BLOCK))
         vcpu = hypervisor.guests[0].vcpus[0]
         before, intercepts = vcpu.exits, 0
         for step in _workload(workload, steps, Random(seed)):
@@ -141,15 +160,29 @@ def exits(steps: int, seed: int) -> Iterator[Exits]:
         yield Exits(workload, design, pages, steps, faults, intercepts, tables)
 
 
+def _plan(design: str, pages: str) -> Plan:
+    """A machine of one guest that uses 32 MBytes of what may be huge, or is of hugetlbfs (1G)."""
+    giants = int(pages == "1G")
+    machine = programs.plan(0, design)
+    own = machine.guests[0]
+    image = dict(own.image)
+    for block in range(BLOCKS):
+        entry = GBYTE + block * BLOCK << 12 | programs.OPEN | PAGE_SIZE
+        image[programs.DIRECTORY << 12 | WINDOW + block << 3] = entry
+    big = Slot(GBYTE, GBYTE, GBYTE) if giants else Slot(GBYTE, BLOCKS * BLOCK, BLOCK)
+    own = own._replace(slots={**own.slots, 3: big}, image=image, giants=giants)
+    return machine._replace(guests=(own,), frames=(BLOCKS + 4) * BLOCK, pool=giants)
+
+
 def _workload(workload: str, steps: int, random: Random) -> Iterator[Step]:
-    """Loads and stores to the pages of a large page, and one step in eight what else there is: an
-    entry changed and its page invalidated, or CR3 written.
+    """Loads and stores to the guest's pages, and one step in eight what else there is: an entry
+    changed and its page invalidated, or CR3 written.
     """
     table = programs.LOW << 12 | overcommit.SMALL << 3
     for number in range(steps):
         if number % 8 == 7 and workload == "page tables":
             page = random.randrange(8)
-            frame = overcommit.BIG.gfn + random.randrange(overcommit.BLOCK)
+            frame = GBYTE + random.randrange(BLOCKS * BLOCK)
             yield Store(0, 0, Access(table + 8 * page, 1), frame << 12 | programs.USED)
             yield Invlpg(0, 0, overcommit.SMALL + page << 12)
             yield Load(0, 0, Access(overcommit.SMALL + page << 12))
@@ -157,7 +190,7 @@ def _workload(workload: str, steps: int, random: Random) -> Iterator[Step]:
             root = (programs.ROOT, programs.OTHER_ROOT)[number >> 3 & 1]
             yield Move(0, 0, "cr3", root << 12)
         else:
-            access = Access(overcommit.WINDOW | random.randrange(overcommit.BLOCK) << 12)
+            access = Access((WINDOW << 21) + (random.randrange(BLOCKS * BLOCK) << 12))
             write = random.randrange(4) == 0
             yield Store(0, 0, access._replace(write=1), number) if write else Load(0, 0, access)
 
@@ -184,7 +217,7 @@ def panels(walked: Sequence[Walk], scanned: Sequence[Scan], left: Sequence[Exits
             bars=True,
         ),
     ]
-    for pages in EXIT_SIZES:
+    for pages in SIZES:
         series = {
             design: [
                 1000 * (each.faults + each.intercepts) / each.steps
