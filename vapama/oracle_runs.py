@@ -20,6 +20,7 @@ from vapama.oracles.bare_metal import BareMetal
 from vapama.oracles.departures import (
     BIT_8,
     BIT_8_IS_IGNORED,
+    BIT_12,
     BIT_12_IS_IGNORED,
     FLAGS_IN_READ_ONLY,
     PDPTE_IS_CARELESS,
@@ -223,6 +224,9 @@ def second_stage_case(
     memory = Sparse({a: lazy.load(a) for a in watched.loads}, lazy.limit)
     _require_an_end(expected, access.fetch)
     _require_in_reach(stage, expected)
+    departing = _with_a_careless_pdpte(stage, memory, access)
+    for outcome in (*departing.values(), _without_reserved_bits(stage, memory, access, subject)):
+        _require_an_end(outcome, access.fetch)
     asked = virtual.ask(stage, memory, access, subject.machine)
     return Drawn(
         "EPT" if isinstance(stage, Ept) else NPT_OF[stage.levels],
@@ -237,7 +241,7 @@ def second_stage_case(
         access.write * W | U | access.fetch * I,
         lambda other: second_stage.translate(stage, other, access),
         open_bits=I,
-        departing=_with_a_careless_pdpte(stage, memory, access),
+        departing=departing,
     )
 
 
@@ -271,6 +275,12 @@ def nested_case(cpu: Cpu, stage: Stage, lazy: Memory, access: Access, subject: B
     root = guest.loads[0].pa
     if by_ept:
         _require_apart(cpu, stage, memory, access, subject)
+    departing = {
+        **_without_write_back(cpu, stage, memory, access),
+        **_without_bit_8(cpu, stage, memory, access, expected[0]),
+    }
+    for outcome in departing.values():
+        _require_an_end(outcome, access.fetch)
     asked = two_stages.ask(cpu, stage, memory, access, root, subject.machine)
     return Drawn(
         "4-level paging under " + ("EPT" if by_ept else "NPT"),
@@ -286,10 +296,7 @@ def nested_case(cpu: Cpu, stage: Stage, lazy: Memory, access: Access, subject: B
         lambda other: nested.translate(cpu, stage, other, access),
         others=expected[1:],
         stage=stage,
-        departing={
-            **_without_write_back(cpu, stage, memory, access),
-            **_without_bit_8(cpu, stage, memory, access, expected[0]),
-        },
+        departing=departing,
     )
 
 
@@ -357,7 +364,7 @@ def _require_apart(
     of_guest = Counter(load.pa for load in guest.loads)
     if (Counter(watched.loads) - of_guest).keys() & of_guest.keys():
         raise NotCovered("an entry of both stages, whose flags mean something else in the other")
-    large = PAGE_SIZE | 1 << 12
+    large = PAGE_SIZE | BIT_12
     goes_on = BIT_12_IS_IGNORED in subject.departures
     if goes_on and any(entry & large == large for entry in memory.touched.values()):
         raise NotCovered("perhaps a large page of EPT with bit 12, where this machine goes on")
@@ -383,6 +390,19 @@ def _without_write_back(
     else:
         final = nested.stopped_by(final, flags)
     return {FLAGS_IN_READ_ONLY.name: final}
+
+
+def _without_reserved_bits(
+    stage: Stage, memory: Sparse, access: GuestPhysicalAccess, subject: BareMetal
+) -> Outcome:
+    """Where this machine goes on to, if it is known not to check some reserved bit."""
+    always = BIT_8 * (BIT_8_IS_IGNORED in subject.departures)
+    of_large = BIT_12 * (BIT_12_IS_IGNORED in subject.departures)
+    entries = {
+        at: entry & ~(always | of_large * (entry & PAGE_SIZE != 0))
+        for at, entry in memory.touched.items()
+    }
+    return second_stage.translate(stage, Sparse(entries, memory.limit), access)
 
 
 def _require_in_reach(stage: Stage, expected: Outcome) -> None:

@@ -2,6 +2,7 @@
 known departures, and what happens when a machine is killed, hangs, or is given a bad record.
 """
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -320,6 +321,19 @@ def test_bochs_ignores_bit_12_of_a_large_ept_page_still(subject: BareMetal) -> N
     assert isinstance(second_stage.translate(stage, memory, access), EptMisconfiguration)
     outcome = subject.second_stage(stage, memory, access)
     assert isinstance(outcome, Translated), "it is mended: drop BIT_12_IS_IGNORED"
+
+
+def test_a_fetch_that_would_run_on_by_a_departure_is_not_asked(subject: BareMetal) -> None:
+    if not subject.machine.features.vmx:
+        pytest.skip("about EPT")
+    stage, memory, gpa = second_stage_of(subject, 0x8000 | 7)
+    where = list(memory.touched)[2]
+    access = GuestPhysicalAccess(gpa, fetch=1)
+    for frame, is_asked in ((0x40_0000, True), (machines.RAM_BYTES, False)):
+        memory.touched[where] = frame | 1 << 12 | 7 | 6 << 3 | LARGE
+        assert isinstance(second_stage.translate(stage, memory, access), EptMisconfiguration)
+        with contextlib.nullcontext() if is_asked else pytest.raises(NotCovered, match="no RAM"):
+            oracle_runs.second_stage_case(stage, memory, access, subject)
 
 
 def disagreement(
