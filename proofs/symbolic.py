@@ -619,8 +619,8 @@ class Explorer(Nondet):
 
     def __init__(self, rlimit: int = 0, narrow: Any = None, pins: dict[str, int] | None = None):
         self.solver = z3.SimpleSolver()
-        if rlimit:
-            self.solver.set("rlimit", rlimit)
+        self.solver.set("rlimit", rlimit)
+        self.rlimit = rlimit
         self.narrow = narrow or {}
         self.pins = pins
         self.checks = 0
@@ -874,13 +874,29 @@ class Explorer(Nondet):
         self.checks += 1
         self.on_check(True)
         answer = self.solver.check(term)
+        if answer == z3.sat:
+            self.witness = self.solver.model()
+        elif answer == z3.unknown:
+            answer = self._ask_afresh(term)
         self.on_check(False)
+        return bool(answer == z3.sat)
+
+    def _ask_afresh(self, term: z3.BoolRef) -> z3.CheckSatResult:
+        """Ask as if it were the first query of its process, of all that z3 knows how to do.
+
+        The same query can take a second or come to the limit: that depends on the terms made
+        before it and on what the solver has learnt, which is mostly luck. Raises `Undecided`.
+        """
+        context = z3.Context()
+        solver = z3.Solver(ctx=context)
+        solver.set("rlimit", self.rlimit)
+        solver.add(*(known.translate(context) for known in (*self.solver.assertions(), term)))
+        answer = solver.check()
         if answer == z3.unknown:
-            raise Undecided(self.solver.reason_unknown())
-        if answer == z3.unsat:
-            return False
-        self.witness = self.solver.model()
-        return True
+            raise Undecided(solver.reason_unknown())
+        if answer == z3.sat:
+            self.witness = solver.model().translate(term.ctx)
+        return answer
 
     # Exploration
 
@@ -925,7 +941,7 @@ class Explorer(Nondet):
         """All paths of a function of an explorer from here on, those that fail as well, without a
         decision of this one's. It may draw nothing. Raises as `explore` does.
         """
-        aside = Explorer(narrow=self.narrow)
+        aside = Explorer(self.rlimit, self.narrow)
         aside.solver, aside.witness, aside.given = self.solver, self.witness, self.known
         aside.built, aside.words_made, aside.simplified = (
             self.built,

@@ -1013,8 +1013,8 @@ MISTAKES = {
         DETERMINISM,
     ),
     "the solver's giving up is a no": Mistake(
-        "raise Undecided(self.solver.reason_unknown())",
-        "return False",
+        "raise Undecided(solver.reason_unknown())",
+        "return z3.unsat",
         all_but_one_word_which_is_asked_for,
         COMPLETENESS,
         rlimit=1,

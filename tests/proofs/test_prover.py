@@ -90,6 +90,29 @@ def test_all_paths_of_a_proof_are_complete(paths: list[Path]) -> None:
     assert says(completeness(paths)) == "valid"
 
 
+def test_a_query_that_comes_to_its_limit_is_asked_afresh(paths: list[Path]) -> None:
+    explorer = Explorer()
+    check = explorer.solver.check
+    given_up: list[z3.BoolRef] = []
+
+    def gives_up(*terms: z3.BoolRef) -> z3.CheckSatResult:
+        given_up.extend(terms)
+        return z3.unknown if terms else check()
+
+    explorer.solver.check = gives_up
+    again = explorer.explore(lambda: FIVE_LEVELS.claim(explorer, optimized()))
+    assert len(given_up) > 20
+    assert says(completeness(again)) == "valid"
+    assert len(again) == len(paths)
+    assert {label for path in again for label in path.reached} == {
+        label for path in paths for label in path.reached
+    }
+    mistaken = Guarded("smep-is-ignored", MISTAKES["smep-is-ignored"].subject())
+    *_, last = explorer.explore(lambda: THEOREM.claim(explorer, mistaken))
+    assert last.failure is not None
+    assert replay(THEOREM, make_case("", "", "", "", explorer.model()), mistaken)[0] is not None
+
+
 def test_paths_are_not_complete_without_any_one_of_them(paths: list[Path]) -> None:
     for i in range(len(paths)):
         assert says(completeness(paths[:i] + paths[i + 1 :])) == "not valid"
