@@ -89,6 +89,8 @@ GBYTE_WINDOWS = (1, 2, 3)
 """Entries of the PDPT that map a GByte of the first three of these."""
 TABLES = (1, 3)
 """Entries of the page directory that may come to lead to a table in one of those pages."""
+NAMED = 10
+"""One that leads to such a table by another of its names: that in the slot besides the big one."""
 SMALL = 40
 """From this entry on, the guest's lowest table maps some of those pages one by one."""
 FRAMES = 6 * BLOCK
@@ -98,8 +100,10 @@ MERGEABLE = (*range(PAGES), PAGES, PAGES + 1, *(BLOCK + page for page in LARGE.n
 
 
 @cache
-def image(layout: Layout = LARGE) -> dict[int, Word]:
-    """The memory that a guest begins with, by guest-physical address."""
+def image(layout: Layout, other: Slot) -> dict[int, Word]:
+    """The memory that a guest begins with, by guest-physical address. `other` is the slot besides
+    the big one.
+    """
     big, near = layout.big, layout.near
     words = dict(programs.image())
 
@@ -123,11 +127,14 @@ def image(layout: Layout = LARGE) -> dict[int, Word]:
     if layout is GIANT:
         for window, entry in zip(GBYTE_WINDOWS, entries, strict=False):
             put(programs.POINTERS, window, entry | PAGE_SIZE)
+    named = other.gfn - other.page + big.page + near[4] << 12 | OPEN
+    put(DIRECTORY, NAMED, named)
+    put_half(DIRECTORY_32, NAMED, named)
     for i in range(8):
         put(LOW, SMALL + i, big.gfn + near[i] << 12 | OPEN)
         put_half(TABLE_32, SMALL + i, big.gfn + near[i] << 12 | OPEN)
-    for i in range(4):
-        put(big.gfn + near[i], 0, WORDS[i])
+    for i in range(5):
+        put(big.gfn + near[i], 0, WORDS[i & 3])
     return words
 
 
@@ -147,7 +154,7 @@ def plan(style: Word, design: str = SHADOW) -> Plan:
     slots = {**machine.guests[0].slots, 3: layout.big, 4: other}
     giants = int(layout is GIANT)
     guest = machine.guests[0]._replace(
-        slots=slots, image=image(layout), mergeable=MERGEABLE, giants=giants
+        slots=slots, image=image(layout, other), mergeable=MERGEABLE, giants=giants
     )
     return machine._replace(
         guests=(guest,) * 2,
@@ -220,6 +227,8 @@ def _address(rest: int, mode: int, layout: Layout) -> Word:
         return SMALL + near << 12 | word
     if rest & 7 < 7:
         return (1 if mode == programs.LEGACY else 2) << shift | 8 + near << 12 | word
+    if near & 2:
+        return NAMED << shift | word
     return TABLES[near & 1] << shift | near >> 2 << 12 | word
 
 
@@ -310,7 +319,8 @@ def small_plan(design: str, layout: Layout = LARGE) -> Plan:
     kept = {ROOT << 12, programs.POINTERS << 12, DIRECTORY << 12, DIRECTORY << 12 | WINDOWS[0] << 3}
     kept |= {LOW << 12 | gfn << 3 for gfn in (DIRECTORY, 8, 9)}
     kept.add(programs.POINTERS << 12 | GBYTE_WINDOWS[0] << 3)
-    words = {address: word for address, word in image(layout).items() if address in kept}
+    every = image(layout, layout.shifted)
+    words = {address: word for address, word in every.items() if address in kept}
     words |= dict.fromkeys((big.gfn << 12, big.gfn + 2 << 12), 0x1111)
     mergeable = () if giants else (BLOCK, BLOCK + 1, BLOCK + 2)
     slots = {0: MAIN, 3: big}

@@ -265,7 +265,9 @@ def decode(raw: Word, machine: Machine, style: Word = 0) -> Step:
     if how < 0x48:
         if mode == OFF and raw >> 60 & 1:
             return _elsewhere(guest, vcpu, raw >> 12, now, style)
-        access = Access(_address(rest, mode), user=rest >> 40 & 1, fetch=how & 7 == 1)
+        # What SMEP is to stop without CR0.WP comes up only where many loads are fetches.
+        often = 1 if now.smep and not now.wp else 7
+        access = Access(_address(rest, mode), user=rest >> 40 & 1, fetch=how & often == 1)
         return Load(guest, vcpu, access)
     if how < 0x70:
         access = Access(_address(rest, mode), 1, user=rest >> 40 & 1)
@@ -293,10 +295,13 @@ def _focused(rest: int, style: Word) -> int:
 
 
 def _aimed(rest: int, is_32: int) -> int:
-    """The word for an edit of the entry that maps the address that a narrow style has in mind."""
+    """The word for an edit of the entry that maps the address that a narrow style has in mind: of
+    the directory's that leads to it sometimes, and where that maps a large page.
+    """
     directory = rest & 3
-    if directory == 2:  # a large page: its entry is the directory's
-        return rest & ~0x3FF | (1 << 2 if is_32 else 2 << 2 | 2 << 7)
+    if directory == 2 or rest >> 46 & 3 == 0:
+        which = (0, 0, 1, 2)[directory] << 2 | 1 << 7 if is_32 else directory << 2 | 2 << 7
+        return rest & ~0x3FF | which
     if is_32:
         return rest & ~0x3FF | rest & 0x7C | 1 | (directory == 1) << 7
     return rest & ~3 | (3 if directory == 1 else 2)
