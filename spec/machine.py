@@ -58,11 +58,6 @@ from vapama.spec.words import WORD, Word, low_bits
 Look: TypeAlias = Callable[[int, Word], Word]
 """The word that the subject has for a guest at a guest-physical address, after the step."""
 
-EITHER_ACCESSED = modes.ACCESSED | modes.ACCESSED << 32
-"""The accessed flag of an entry; of either, where a word holds two of 32-bit paging."""
-EITHER_FLAGGED = EITHER_ACCESSED | modes.DIRTY | modes.DIRTY << 32
-"""The same of the accessed and the dirty flag."""
-
 
 class Departure(AssertionError):
     """What was seen is not what the architecture allows."""
@@ -365,7 +360,7 @@ class _Judged:
         machine = self.machine
         ways = list(self._ways()) if machine.edited else self._ways()
         elsewhere = self._flagged_elsewhere(ways) if isinstance(ways, list) else {}
-        for given_up in ({}, self._accessed(elsewhere)) if elsewhere else ({},):
+        for given_up in ({}, self._given_up(elsewhere, ways)) if elsewhere else ({},):
             for way in ways:
                 entries = self._explains(way)
                 if entries is not None and not (
@@ -381,22 +376,18 @@ class _Judged:
                     return
         raise Departure(self._told())
 
-    def _accessed(self, elsewhere: dict[Word, Word]) -> dict[Word, Word]:
-        """Of entries that flags were set in, those with no more than accessed flags: they may be of
-        a walk that led to no access (SDM Vol. 3A, 4.8 and 4.10.2.3), as one that was begun by what
-        is cached, and again by memory after a VM exit that the guest knows nothing of.
-
-        Such a walk read the entry as memory has it. That is certain where it never had another
-        value, but for its flags; of no other entry it is allowed.
+    def _given_up(self, elsewhere: dict[Word, Word], ways: Iterable[Way]) -> dict[Word, Word]:
+        """Of entries that flags were set in, those whose flags one of the ways may set: they may be
+        of a try of the access that left the guest before it was made, as one that was begun by what
+        is cached, and once more by memory after a VM exit that the guest knows nothing of.
         """
+        allowed = self._gathered(
+            update for way in ways for outcome in way.outcomes for update in _sets(outcome)
+        )
         return {
             address: word
             for address, word in elsewhere.items()
-            if (word ^ self.machine.load(address)) & ~EITHER_ACCESSED == 0
-            and all(
-                (word ^ value) & ~EITHER_FLAGGED == 0
-                for value, _ in self.processor.history.values(address)
-            )
+            if (word ^ self.machine.load(address)) & ~allowed[self._name(address)][1] == 0
         }
 
     def _go(self, entries: dict[Word, Word]) -> None:
