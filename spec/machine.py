@@ -72,10 +72,13 @@ class Piece(NamedTuple):
 
 
 class Way(NamedTuple):
-    """One way that an access may go: the outcome of each piece, and the flags it has to set."""
+    """One way that an access may go: the outcome of each piece, the flags it has to set, and those
+    that it may set, with these among them.
+    """
 
     outcomes: tuple[Outcome, ...]
     must: tuple[Update, ...]
+    may: tuple[Update, ...]
 
 
 class Edge:
@@ -98,12 +101,15 @@ class Map:
         self.slots, self.backing = dict(slots), backing
         self.found: dict[int, Slot | None] = {}
         """The slots of guest frames that were asked for before."""
+        self.named: dict[int, int] = {}
+        """The names of guest frames that were asked for before; see `name`."""
         self.limit: Any = Edge(self)
 
     def clone(self) -> "Map":
         """The same map, of words that change apart from now on."""
         twin = shallow(self)
         twin.slots, twin.found = self.slots.copy(), self.found.copy()
+        twin.named = self.named.copy()
         twin.backing, twin.limit = self.backing.copy(), Edge(twin)
         return twin
 
@@ -124,7 +130,21 @@ class Map:
         if slot is not None:
             self.slots[number] = slot
         self.found.clear()
+        self.named.clear()
         return old
+
+    def is_writable(self, gfn: int) -> bool:
+        """Whether a guest frame is in a memory slot that can be written to."""
+        slot = self.slot_of(gfn)
+        return slot is not None and not slot.readonly
+
+    def name(self, address: Word) -> Word:
+        """The first of the addresses at which a word can be written; elsewhere the address."""
+        gfn = address >> 12
+        if gfn not in self.named:
+            names = self.addresses(self.word_of(address)) if self.is_writable(gfn) else ()
+            self.named[gfn] = next((a >> 12 for a in names if self.is_writable(a >> 12)), gfn)
+        return self.named[gfn] << 12 | address & low_bits(12)
 
     def word_of(self, address: Word) -> int:
         """Which word of the backing is at an address, which is in a slot."""
@@ -200,9 +220,8 @@ class GuestMachine:
 
     def load(self, address: Word) -> Word:
         """The word at an aligned guest-physical address: a device's, if no memory is there."""
-        if self.map.slot_of(address >> 12) is None:
-            return device_word(address)
-        return self.map.load(address)
+        slot = self.map.slot_of(address >> 12)
+        return device_word(address) if slot is None else self.map.load(address)
 
     def write(self, address: Word, word: Word) -> None:
         """Put a word into memory, at every address that it has."""
@@ -360,14 +379,12 @@ class _Judged:
         machine = self.machine
         ways = list(self._ways()) if machine.edited else self._ways()
         elsewhere = self._flagged_elsewhere(ways) if isinstance(ways, list) else {}
+        flagged = self._names(elsewhere)
         for given_up in ({}, self._given_up(elsewhere, ways)) if elsewhere else ({},):
             for way in ways:
                 entries = self._explains(way)
-                if entries is not None and not (
-                    self._names(elsewhere) - self._names(entries) - self._names(given_up)
-                ):
-                    used = {address for outcome in way.outcomes for address, _ in _sets(outcome)}
-                    machine.entries |= self._words(used)
+                if entries is not None and flagged <= self._names(given_up | entries):
+                    machine.entries |= self._words(address for address, _ in way.may)
                     machine.edited |= not machine.entries.isdisjoint(self._words(self.stored))
                     self._go(given_up | entries)
                     if isinstance(self.seen, Faulted):
@@ -403,7 +420,7 @@ class _Judged:
         """Entries on any of the ways that the subject has set flags in, with these: they tell which
         way it went.
         """
-        addresses = {a for way in ways for outcome in way.outcomes for a, _ in _sets(outcome)}
+        addresses = {address for way in ways for address, _ in way.may}
         now = {a: self.look(self.guest, a) for a in addresses if self._is_writable(a)}
         return {a: word for a, word in now.items() if word != self.machine.load(a)}
 
@@ -414,11 +431,14 @@ class _Judged:
         """
         if not self.machine.edited:
             fresh = tuple(self._fresh(piece) for piece in self.pieces)
-            yield Way(fresh, tuple(update for outcome in fresh for update in _sets(outcome)))
+            flags = tuple(update for outcome in fresh for update in _sets(outcome))
+            yield Way(fresh, flags, flags)
         each = [list(self._allowed(piece)) for piece in self.pieces]
-        for combined in product(*each):
-            must = tuple(update for way in combined for update in way.must)
-            yield Way(tuple(way.outcomes[0] for way in combined), must)
+        for first, *others in product(*each):
+            way = first
+            for other in others:  # the part in the second page
+                way = Way(*(its + more for its, more in zip(way, other, strict=True)))
+            yield way
 
     def _access(self, piece: Piece) -> Access:
         access = self.access
@@ -431,11 +451,11 @@ class _Judged:
     def _allowed(self, piece: Piece) -> Iterator[Way]:
         access = self._access(piece)
         for outcome, must in self.processor.allowed(access):
-            yield Way((outcome,), must)
+            yield Way((outcome,), must, _sets(outcome))
 
     def _explains(self, way: Way) -> dict[Word, Word] | None:
         """The entries that flags were set in, if what was seen goes with this way; else None."""
-        outcomes = tuple(zip(way.outcomes, self.pieces, strict=True))
+        outcomes = zip(way.outcomes, self.pieces, strict=True)
         bad = [(o, piece) for o, piece in outcomes if not isinstance(o, Translated)]
         if bad:
             if not any(_same(outcome, piece.address, self.seen) for outcome, piece in bad):
@@ -459,10 +479,7 @@ class _Judged:
         read-only memory stay as they are. A word is one, whatever the addresses that it was
         reached by.
         """
-        needed, may = (
-            self._gathered(must),
-            self._gathered(update for outcome in way.outcomes for update in _sets(outcome)),
-        )
+        needed, may = self._gathered(self._unset(must)), self._gathered(self._unset(way.may))
         stored = {self._name(address): address for address in self.stored}
         changes: dict[Word, Word] = {}
         self.flagged.clear()
@@ -513,16 +530,10 @@ class _Judged:
         return self.machine.map.slot_of(address >> 12) is not None
 
     def _is_writable(self, address: Word) -> bool:
-        slot = self.machine.map.slot_of(address >> 12)
-        return slot is not None and not slot.readonly
+        return self.machine.map.is_writable(address >> 12)
 
     def _name(self, address: Word) -> Word:
-        """The first of the addresses at which a word can be written; elsewhere the address."""
-        if self._is_writable(address):
-            for name in self.machine.map.addresses(self.machine.map.word_of(address)):
-                if self._is_writable(name):
-                    return name
-        return address
+        return self.machine.map.name(address)
 
     def _names(self, addresses: Iterable[Word]) -> set[Word]:
         return {self._name(address) for address in addresses}
@@ -531,6 +542,11 @@ class _Judged:
         """Which words of the backing are at these addresses, as far as memory is there."""
         there = filter(self._is_memory, addresses)
         return {self.machine.map.word_of(address) for address in there}
+
+    def _unset(self, updates: Iterable[Update]) -> Iterator[Update]:
+        """Those of the updates whose flags are not all set already."""
+        load = self.machine.load
+        return (update for update in updates if update.bits & ~load(update.address))
 
     def _gathered(self, updates: Iterable[Update]) -> dict[Word, tuple[Word, Word]]:
         """The flags of all updates, by the names of their entries, each with an address of it."""
