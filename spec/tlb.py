@@ -157,6 +157,13 @@ class Invalidation(NamedTuple):
             return False
         return self._concerns(tag.pcid, self.pcid)
 
+    def drops_all(self, tag: Tag, address: Word, global_pages: Condition) -> Condition:
+        """Whether it drops whatever is cached of the page of 4 KBytes that `address` is in, and on
+        the way there; translations that are not global are among it then.
+        """
+        translations = self.drops_translation(tag, address, 12, global_pages)
+        return translations and self.drops_structures(tag, address, 12)
+
     def _concerns_vpid(self, vpid: Word) -> Condition:
         return vpid != 0 if self.but_vpid_0 else self._concerns(vpid, self.vpid)
 
@@ -365,9 +372,13 @@ class Processor:
             return
 
         # STALE WALKS, from each root that was used with a tag whose mappings may be used now
-        pcid = self.context.tag.pcid
+        pcid, global_pages = self.context.tag.pcid, cpu.cr4 & PGE != 0
         for rooted, tag, times in self._roots():
             ours = tag.pcid == pcid
+            since = self._since_all_went(tag, address, global_pages)
+            times = times >> since << since
+            if not times or not ours | global_pages:
+                continue
             for outcome, reading in _each_walk(self, rooted, access, address, tag, times, ours):
                 cached = _most_cached(outcome, reading, access)
                 if cached is not None:
@@ -421,6 +432,15 @@ class Processor:
             else:
                 found.append((now._replace(cr3=cr3, pdptes=pdptes), tag, times))
         return found
+
+    def _since_all_went(self, tag: Tag, address: Word, global_pages: Condition) -> int:
+        """The time of the last invalidation that left nothing cached that an access to the address
+        could use: from before it there is nothing.
+        """
+        for time, invalidation in reversed(self.invalidations):
+            if invalidation.drops_all(tag, address, global_pages):
+                return time
+        return 0
 
     def _running(self, tag: Tag) -> Times:
         """When it ran with this tag and paging on, and so could make mappings of it."""
