@@ -11,7 +11,8 @@ transparency. Source: Intel SDM Vol. 3A, chapter 4; `spec.tlb` for what may be c
 """
 
 import marshal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import product
 from typing import Any, NamedTuple, TypeAlias
@@ -88,10 +89,29 @@ class Edge:
         self.map = of
 
     def __le__(self, address: Word) -> bool:
-        return self.map.slot_of(address >> 12) is None
+        return self.map.found[address >> 12] is None
 
     def __gt__(self, address: Word) -> bool:
-        return self.map.slot_of(address >> 12) is not None
+        return self.map.found[address >> 12] is not None
+
+
+class Found(dict[int, Slot | None]):
+    """The slot that a guest frame is in, or None, of each that was asked for: others are looked for
+    in `slots`.
+    """
+
+    def __init__(self, slots: Mapping[int, Slot]) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def __missing__(self, gfn: int) -> Slot | None:
+        for slot in self.slots.values():
+            if slot.gfn <= gfn < slot.gfn + slot.pages:
+                break
+        else:
+            slot = None
+        self[gfn] = slot
+        return slot
 
 
 class Map:
@@ -99,8 +119,7 @@ class Map:
 
     def __init__(self, slots: dict[int, Slot], backing: dict[int, Word]) -> None:
         self.slots, self.backing = dict(slots), backing
-        self.found: dict[int, Slot | None] = {}
-        """The slots of guest frames that were asked for before."""
+        self.found = Found(self.slots)
         self.named: dict[int, int] = {}
         """The names of guest frames that were asked for before; see `name`."""
         self.limit: Any = Edge(self)
@@ -108,20 +127,13 @@ class Map:
     def clone(self) -> "Map":
         """The same map, of words that change apart from now on."""
         twin = shallow(self)
-        twin.slots, twin.found = self.slots.copy(), self.found.copy()
-        twin.named = self.named.copy()
+        twin.slots, twin.named = self.slots.copy(), self.named.copy()
+        twin.found = Found(twin.slots)
         twin.backing, twin.limit = self.backing.copy(), Edge(twin)
         return twin
 
     def slot_of(self, gfn: int) -> Slot | None:
         """The memory slot that a guest frame is in."""
-        if gfn not in self.found:
-            for slot in self.slots.values():
-                if slot.gfn <= gfn < slot.gfn + slot.pages:
-                    break
-            else:
-                slot = None
-            self.found[gfn] = slot
         return self.found[gfn]
 
     def set_slot(self, number: int, slot: Slot | None) -> Slot | None:
@@ -135,7 +147,7 @@ class Map:
 
     def is_writable(self, gfn: int) -> bool:
         """Whether a guest frame is in a memory slot that can be written to."""
-        slot = self.slot_of(gfn)
+        slot = self.found[gfn]
         return slot is not None and not slot.readonly
 
     def name(self, address: Word) -> Word:
@@ -148,13 +160,13 @@ class Map:
 
     def word_of(self, address: Word) -> int:
         """Which word of the backing is at an address, which is in a slot."""
-        slot = self.slot_of(address >> 12)
+        slot = self.found[address >> 12]
         assert slot is not None
         return (slot.page - slot.gfn << 9) + (address >> 3)
 
     def load(self, address: Word) -> Word:
         """The word at an aligned address; 0 where there is no slot."""
-        slot = self.slot_of(address >> 12)
+        slot = self.found[address >> 12]
         if slot is None:
             return 0
         return self.backing.get((slot.page - slot.gfn << 9) + (address >> 3), 0)
@@ -220,8 +232,9 @@ class GuestMachine:
 
     def load(self, address: Word) -> Word:
         """The word at an aligned guest-physical address: a device's, if no memory is there."""
-        slot = self.map.slot_of(address >> 12)
-        return device_word(address) if slot is None else self.map.load(address)
+        if self.map.found[address >> 12] is None:
+            return device_word(address)
+        return self.map.load(address)
 
     def write(self, address: Word, word: Word) -> None:
         """Put a word into memory, at every address that it has."""
@@ -265,7 +278,7 @@ class GuestMachine:
         if step.register == "cr3":
             processor.mov_cr3(step.value, after.pdptes)
         else:
-            processor.change(Cpu(*after))
+            processor.change(possible(after))
 
     def log(self, number: int, on: bool) -> None:
         """The dirty log of a memory slot is started or stopped."""
@@ -349,6 +362,12 @@ def reloads_pdptes(before: Cpu, after: Cpu, register: str) -> bool:
     """
     in_cr0, in_cr4 = before.cr0 ^ after.cr0, before.cr4 ^ after.cr4
     return register == "cr3" or bool(in_cr0 & (CD | NW | PG) or in_cr4 & (PAE | PGE | PSE | SMEP))
+
+
+@lru_cache(maxsize=1 << 12)
+def possible(cpu: Cpu) -> Cpu:
+    """This control state. Raises `cpu.ImpossibleState` if no processor can be in it."""
+    return Cpu(*cpu)
 
 
 class _Judged:
@@ -479,7 +498,8 @@ class _Judged:
         read-only memory stay as they are. A word is one, whatever the addresses that it was
         reached by.
         """
-        needed, may = self._gathered(self._unset(must)), self._gathered(self._unset(way.may))
+        may = self._gathered(self._unset(way.may))
+        needed = self._gathered(self._unset(must)) if may else {}
         stored = {self._name(address): address for address in self.stored}
         changes: dict[Word, Word] = {}
         self.flagged.clear()
@@ -507,10 +527,11 @@ class _Judged:
         """What the load gives: flags that its own walk set included."""
         changed = {self._name(address): word for address, word in changes.items()}
 
-        def load(address: Word) -> Word:
+        def after(address: Word) -> Word:
             name = self._name(address)
             return changed[name] if name in changed else self.machine.load(address)
 
+        load = after if changed else self.machine.load
         value = 0
         for piece, outcome in zip(self.pieces, way.outcomes, strict=True):
             assert isinstance(outcome, Translated)
@@ -540,8 +561,8 @@ class _Judged:
 
     def _words(self, addresses: Iterable[Word]) -> set[int]:
         """Which words of the backing are at these addresses, as far as memory is there."""
-        there = filter(self._is_memory, addresses)
-        return {self.machine.map.word_of(address) for address in there}
+        found, word_of = self.machine.map.found, self.machine.map.word_of
+        return {word_of(address) for address in addresses if found[address >> 12] is not None}
 
     def _unset(self, updates: Iterable[Update]) -> Iterator[Update]:
         """Those of the updates whose flags are not all set already."""

@@ -192,6 +192,11 @@ def small_plan(design: str) -> Plan:
 
 def cpu(style: Word = 0, design: str = SHADOW) -> Cpu:
     """The control state that processors begin with."""
+    return _cpu(style & 0xFFF << 20, design)
+
+
+@cache
+def _cpu(style: Word, design: str) -> Cpu:
     home = HOMES[style >> 29 & 7]
     long = home in (FOUR, FIVE)
     pdptes = tuple(image().get(PDPT | i << 3, 0) for i in range(4))

@@ -230,7 +230,7 @@ class Processor:
     @property
     def cpu(self) -> Cpu:
         """Its control state now."""
-        return self.context.cpu
+        return self.contexts[-1].cpu
 
     # INVALIDATIONS (SDM Vol. 3A, 4.10.4.1)
 
@@ -414,7 +414,8 @@ class Processor:
         with that root; the tags of the mappings, and when it was. The root of now comes first.
         With paging off no mappings are made.
         """
-        until, vpid, now = self.history.time + 1, self.context.tag.vpid, self.cpu
+        current, until = self.context, self.history.time + 1
+        now, vpid = current.cpu, current.tag.vpid
         masks = now.cr3 & (LAM_U57 | LAM_U48)
         found: list[tuple[Cpu, Tag, Times]] = []
         for context in reversed(self.contexts):
@@ -430,7 +431,8 @@ class Processor:
                     found[i] = rooted, tag, its_times | times
                     break
             else:
-                found.append((now._replace(cr3=cr3, pdptes=pdptes), tag, times))
+                rooted = now if context is current else now._replace(cr3=cr3, pdptes=pdptes)
+                found.append((rooted, tag, times))
         return found
 
     def _since_all_went(self, tag: Tag, address: Word, global_pages: Condition) -> int:
@@ -516,7 +518,7 @@ class _Reading:
         """One of the values that the entry at `address` may be taken to have."""
         # WHAT THE WALK SO FAR MAY BE CONTINUED FROM
         self.pass_on()
-        earlier = self.before
+        earlier = self.before & ~self.now
         if self.reads:
             earlier &= self.running
 
@@ -524,7 +526,7 @@ class _Reading:
         options: list[tuple[Word, Times, int | None]] = []
         for value, times in self.processor.history.values(address):
             cached = self.cached if times & self.now else None
-            before = times & earlier & ~self.now
+            before = times & earlier
             if before and not self._can_be_cached(self._entry(value)):
                 before = 0
             if before or cached is not None:
@@ -542,7 +544,7 @@ class _Reading:
 
     def _entry(self, value: Word) -> Word:
         """The entry in the 8 bytes that the walk reads next."""
-        if self.mode.entry_bytes == 8:
+        if self.mode.scale == 3:
             return value
         half = bit(self.address, self.levels[len(self.reads)].shift)
         return value >> 32 * half & low_bits(32)
