@@ -452,12 +452,12 @@ class _Judged:
             fresh = tuple(self._fresh(piece) for piece in self.pieces)
             flags = tuple(update for outcome in fresh for update in _sets(outcome))
             yield Way(fresh, flags, flags)
-        each = [list(self._allowed(piece)) for piece in self.pieces]
-        for first, *others in product(*each):
-            way = first
-            for other in others:  # the part in the second page
-                way = Way(*(its + more for its, more in zip(way, other, strict=True)))
-            yield way
+        first, *others = [list(self._allowed(piece)) for piece in self.pieces]
+        if not others:
+            yield from first
+            return
+        for one, other in product(first, *others):
+            yield Way(one.outcomes + other.outcomes, one.must + other.must, one.may + other.may)
 
     def _access(self, piece: Piece) -> Access:
         access = self.access

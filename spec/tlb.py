@@ -376,10 +376,10 @@ class Processor:
         for rooted, tag, times in self._roots():
             ours = tag.pcid == pcid
             since = self._since_all_went(tag, address, global_pages)
-            times = times >> since << since
-            if not times or not ours | global_pages:
+            left = times >> since << since
+            if not left or not ours | global_pages:
                 continue
-            for outcome, reading in _each_walk(self, rooted, access, address, tag, times, ours):
+            for outcome, reading in _each_walk(self, rooted, access, address, tag, left, ours):
                 cached = _most_cached(outcome, reading, access)
                 if cached is not None:
                     yield Allowed(outcome, _updates(outcome)[cached:])
