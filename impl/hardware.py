@@ -5,7 +5,7 @@ entries of the upper levels, until it is told to drop them. It evicts nothing by
 would be wrong to rely on stays visible for as long as the architecture lets it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -124,7 +124,7 @@ class Frames:
                 return first
         return None
 
-    def give(self, frame: int, places: Sequence[int] | None = None) -> None:
+    def give(self, frame: int, places: Collection[int] | None = None) -> None:
         """Free a frame, and clear it: its words are at `places`, if it is known where."""
         if self.on_free is not None:
             self.on_free(frame)

@@ -591,7 +591,7 @@ class ShadowMmu(Mmu):
             return
         self.guest.flush()
         for page in self.doomed:
-            self.frames.give(page.frame)
+            self.frames.give(page.frame, page.used)
         self.doomed.clear()
 
     def _reclaim_if_needed(self) -> None:

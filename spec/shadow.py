@@ -9,6 +9,7 @@ audit code (arch/x86/kvm/mmu_audit.c).
 """
 
 import marshal
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
@@ -69,10 +70,9 @@ def audit(machine: MachineView) -> Iterator[Violation]:
             if page in guest.backed:
                 frame = guest.backed[page]
                 wanted[frame] = copied[frame] = {}
-    for index, word in machine.memory.items():
-        words = wanted.get(index >> 9)
-        if words is not None and word:
-            words[index] = word
+    held = [item for item in machine.memory.items() if item[0] >> 9 in wanted and item[1]]
+    for index, word in held:
+        wanted[index >> 9][index] = word
 
     # THE RULES
     yield from frames_are_used_once(machine)
@@ -217,6 +217,10 @@ class _Audit:
         """The guest frame of each entry that the reverse map names."""
         self.dirty: list[tuple[int, int]] = []
         """Frames that leaves with a dirty flag map, from the first to before the second."""
+        self.roots = Counter(
+            frame for processor in guest.processors for root in processor.roots for frame in root
+        )
+        """How many roots of processors each frame is."""
         self.links: dict[int, int] = {}
         """The table that an entry leads to, by index."""
         self.shadowed = {
@@ -510,7 +514,7 @@ class _Audit:
         for index in page.parents:
             if self.links.get(index) != page.frame:
                 yield Violation(13, "a table claims a parent that does not lead to it", index)
-        roots = sum(list(r).count(page.frame) for p in self.guest.processors for r in p.roots)
+        roots = self.roots[page.frame]
         if self.guest.design == SHADOW and page.roots != roots:
             yield Violation(12, f"a table counts {page.roots} roots, and there are {roots}", where)
 
