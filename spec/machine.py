@@ -417,9 +417,7 @@ class _Judged:
         of a try of the access that left the guest before it was made, as one that was begun by what
         is cached, and once more by memory after a VM exit that the guest knows nothing of.
         """
-        allowed = self._gathered(
-            update for way in ways for outcome in way.outcomes for update in _sets(outcome)
-        )
+        allowed = self._gathered(update for way in ways for update in way.may)
         return {
             address: word
             for address, word in elsewhere.items()
