@@ -13,7 +13,16 @@ from collections.abc import Callable
 
 import z3
 
-from vapama.proofs.symbolic import ASK, ASSUME, BRANCH, CHOICE, MUST, NotDeterministic, Path
+from vapama.proofs.symbolic import (
+    ASK,
+    ASSUME,
+    BRANCH,
+    CHOICE,
+    MUST,
+    NotDeterministic,
+    Path,
+    same_terms,
+)
 
 
 def completeness(paths: list[Path]) -> z3.BoolRef:
@@ -40,7 +49,7 @@ def _subtree(paths: list[Path], depth: int, holds: Callable[[Path], bool]) -> z3
     ways: dict[int, list[Path]] = {}
     for path in paths:
         other_kind, other_options, taken = path.decisions[depth]
-        if other_kind != kind or not _same(options, other_options):
+        if other_kind != kind or not same_terms(options, other_options):
             raise NotDeterministic(f"decision {depth} differs between paths")
         ways.setdefault(taken, []).append(path)
     below = {taken: _subtree(group, depth + 1, holds) for taken, group in ways.items()}
@@ -55,10 +64,6 @@ def _subtree(paths: list[Path], depth: int, holds: Callable[[Path], bool]) -> z3
         return z3.And(options[0], below.get(0, nothing))
     assert kind == BRANCH
     return z3.If(options[0], below.get(0, nothing), below.get(1, nothing))
-
-
-def _same(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:
-    return len(a) == len(b) and all(x.eq(y) for x, y in zip(a, b, strict=True))
 
 
 def smtlib(formula: z3.BoolRef, logic: str = "QF_AUFBV") -> str:

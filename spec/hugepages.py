@@ -68,8 +68,7 @@ def slot_may_map(slot: Slot, gpa: Word, level: int) -> Condition:
     host-virtual memory. Source: virt/kvm/x86/mmu.rst, "Large pages".
     """
     size = page_bytes(level)
-    offset = gpa & (size - 1)
-    first = gpa - offset
+    first = gpa & ~(size - 1)
     inside = (slot.gpa <= first) & (first + size <= slot.gpa + slot.size)
     return inside & congruent(size, gpa, slot.hva + (gpa - slot.gpa))
 
