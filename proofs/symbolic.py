@@ -262,7 +262,9 @@ class SymWord(Symbol):
         return super().__format__(spec) if value is None else format(value, spec)
 
     def _only_value(self) -> int | None:
-        simple = z3.simplify(self.term)
+        if self.may == self.must:
+            return self.must
+        simple = _simple(self)
         return simple.as_long() if isinstance(simple, z3.BitVecNumRef) else None
 
 
@@ -822,7 +824,7 @@ class Explorer(Nondet):
         self.position += 1
         if at < len(self.trail):
             decision = self.trail[at]
-            if decision.kind != kind or not _same(decision.options, options):
+            if decision.kind != kind or not same_terms(decision.options, options):
                 raise NotDeterministic(f"decision {at} changed on a re-run ({kind})")
         else:
             decision = self._new_decision(kind, options)
@@ -1047,7 +1049,8 @@ def _any_of(conditions: list[z3.BoolRef]) -> z3.BoolRef:
     return conditions[0] if len(conditions) == 1 else z3.Or(*conditions)
 
 
-def _same(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:
+def same_terms(a: list[z3.BoolRef], b: list[z3.BoolRef]) -> bool:
+    """Whether these are the same terms, one by one."""
     if a is b:
         return True
     return len(a) == len(b) and all(x is y or x.eq(y) for x, y in zip(a, b, strict=True))
