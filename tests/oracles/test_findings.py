@@ -3,6 +3,7 @@ the system in whose folder it is departs from it by the name of the file.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -11,11 +12,16 @@ import pytest
 from vapama import oracle_runs
 from vapama.case import BadInput, load_case
 from vapama.oracles.bare_metal import BareMetal
+from vapama.oracles.machine import RAM_BYTES
 from vapama.oracles.registry import ORACLES, missing
 from vapama.replaying import HOLDS, replay_everywhere
 from vapama.runs import Guarded, KnownDeparture, Replay, attempt
+from vapama.spec import nested
 from vapama.spec.domains import EPT_ENTRY
+from vapama.spec.memory import Sparse
 from vapama.spec.nondet import load_invariants
+from vapama.spec.outcomes import EptViolation
+from vapama.spec.subject import NotCovered
 from vapama.subjects import load_subject
 
 FOLDER = Path(__file__).parents[2] / "docs" / "explanation" / "findings"
@@ -99,6 +105,26 @@ def of_both_stages(path: Path, subject: BareMetal) -> set[str]:
         oracle_runs.judge(subject, done, result, tally)
     assert not tally.differences
     return set(tally.known)
+
+
+def test_a_fetch_that_would_run_on_by_a_departure_under_ept_is_not_asked(started: Started) -> None:
+    if why := why_not("bochs"):
+        pytest.skip(why)
+    subject = started["bochs"]
+    path = FOLDER / "bochs" / "guest-flags-are-set-in-read-only-ept-pages.json"
+    nondet = Replay(load_case(path).values(), subject.capabilities.narrow)
+    cpu, stage = nondet.cpu(), nondet.ept()
+    memory, access = nondet.memory("host", entries=EPT_ENTRY), nondet.access()
+    entries = oracle_runs.nested_case(cpu, stage, memory, access, subject.subject).memory.touched
+    guest_pte, ept_pte, writable = 0xD080, 0xE030, 6 << 3 | 7
+    assert entries[guest_pte] == 0x7025, "it maps the page that EPT has read-only"
+    entries |= {guest_pte: 0x6025, 0x6 << 12: 0}
+    fetch = access._replace(fetch=1)
+    for frame, is_asked in ((0x8000, True), (RAM_BYTES, False)):
+        changed = Sparse({**entries, ept_pte: frame | writable}, memory.limit)
+        assert isinstance(nested.translate(cpu, stage, changed, fetch), EptViolation)
+        with nullcontext() if is_asked else pytest.raises(NotCovered, match="no RAM"):
+            oracle_runs.nested_case(cpu, stage, changed, fetch, subject.subject)
 
 
 def test_every_known_departure_has_a_case_or_the_reason_why_not() -> None:
