@@ -5,7 +5,7 @@ entries of the upper levels, until it is told to drop them. It evicts nothing by
 would be wrong to rely on stays visible for as long as the architecture lets it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -194,20 +194,20 @@ class Caching:
         return self.upper.setdefault(key, (index, self.read[level]))[1]
 
 
-class SecondStageView:
-    """Machine memory as the walk of a second stage reads it: an entry has one place there, so what
-    is cached is found by it.
+class SecondStageUpper(dict[int, int]):
+    """Cached entries of a second stage that lead to tables, by index: an entry has one place in
+    machine memory. What is not cached a walk reads there.
     """
 
-    __slots__ = ("ram", "upper")
+    __slots__ = ("ram",)
 
-    def __init__(self, ram: Ram, upper: dict[int, int]) -> None:
-        self.ram, self.upper = ram, upper
+    def __init__(self, ram: Ram, cached: Mapping[int, int]) -> None:
+        super().__init__(cached)
+        self.ram = ram
 
-    def __getitem__(self, index: int) -> int:
-        """The cached entry, or that in memory."""
-        entry = self.upper.get(index)
-        return self.ram[index] if entry is None else entry
+    def __missing__(self, index: int) -> int:
+        """The entry in memory."""
+        return self.ram[index]
 
 
 class Core:
@@ -384,8 +384,7 @@ class TwoStageCore(Core):
         """The level of the second stage's leaf that was used last."""
         self.guest_path = [0] * 6
         self.view = Caching(self, self.upper)
-        self.stage_upper: dict[int, int] = {}
-        self.stage_view = SecondStageView(ram, self.stage_upper)
+        self.stage_upper = SecondStageUpper(ram, {})
         self.places: dict[int, int] = {}
         """Where in machine memory the guest's entries are, by index, on the last walk."""
         self.combined: dict[int, tuple[int, int]] = {}
@@ -396,8 +395,8 @@ class TwoStageCore(Core):
         twin = super().clone(ram)
         assert isinstance(twin, TwoStageCore)
         twin.view.memory = twin
-        twin.guest_path, twin.stage_upper = self.guest_path.copy(), self.stage_upper.copy()
-        twin.stage_view = SecondStageView(ram, twin.stage_upper)
+        twin.guest_path = self.guest_path.copy()
+        twin.stage_upper = SecondStageUpper(ram, self.stage_upper)
         twin.places, twin.combined = self.places.copy(), self.combined.copy()
         return twin
 
@@ -408,9 +407,9 @@ class TwoStageCore(Core):
 
     def _second(self, gpa: int, access: int) -> int:
         """The machine address of a guest-physical one. Raises `LeftGuest`."""
-        stage, path = self.stage, self.path
+        stage, path, upper = self.stage, self.path, self.stage_upper
         status, value = stage.walk_and_mark(
-            self.stage_view,
+            upper,
             self.ram,
             LIMIT_WORDS,
             self.stage_mode,
@@ -424,7 +423,9 @@ class TwoStageCore(Core):
             self.gpa, self.stage_access, self.stage_value = gpa, access, value
             raise LeftGuest
         for level in range(self.stage_levels, status, -1):
-            self.stage_upper.setdefault(path[level], self.ram[path[level]])
+            index = path[level]
+            if index not in upper:
+                upper[index] = self.ram[index]
         self.stage_level = status
         return int(value)
 

@@ -156,7 +156,7 @@ class Map:
         if gfn not in self.named:
             names = self.addresses(self.word_of(address)) if self.is_writable(gfn) else ()
             self.named[gfn] = next((a >> 12 for a in names if self.is_writable(a >> 12)), gfn)
-        return self.named[gfn] << 12 | address & low_bits(12)
+        return self.named[gfn] << 12 | address & 0xFFF
 
     def word_of(self, address: Word) -> int:
         """Which word of the backing is at an address, which is in a slot."""
@@ -193,9 +193,9 @@ class GuestMachine:
         self.has_pdpte_registers = has_pdpte_registers
 
         self.entries: set[int] = set()
-        """Words of the backing that were used as table entries."""
+        """Words of the backing that were used as table entries, until one was stored to."""
         self.edited = False
-        """Whether one of them was stored to, so that there may be more than one way to go."""
+        """Whether one was, so that there may be more than one way to go."""
 
     def clone(self) -> "GuestMachine":
         """The same guest, which goes on by itself."""
@@ -244,6 +244,12 @@ class GuestMachine:
         self.map.backing[index] = word
         for alias in self.map.addresses(index):
             self.history.write(alias, word)
+
+    def used(self, entries: set[int], stored: set[int]) -> None:
+        """Note that an access used these words of the backing as entries, and stored to those."""
+        self.entries |= entries
+        if not self.entries.isdisjoint(stored):
+            self.entries, self.edited = set(), True
 
     def wrote(self, address: Word) -> None:
         """Note that the guest frame at an address was written.
@@ -402,9 +408,14 @@ class _Judged:
         for given_up in ({}, self._given_up(elsewhere, ways)) if elsewhere else ({},):
             for way in ways:
                 entries = self._explains(way)
-                if entries is not None and flagged <= self._names(given_up | entries):
-                    machine.entries |= self._words(address for address, _ in way.may)
-                    machine.edited |= not machine.entries.isdisjoint(self._words(self.stored))
+                if entries is not None and (
+                    not flagged or flagged <= self._names(given_up | entries)
+                ):
+                    if not machine.edited:
+                        machine.used(
+                            self._words(address for address, _ in way.may),
+                            self._words(self.stored),
+                        )
                     self._go(given_up | entries)
                     if isinstance(self.seen, Faulted):
                         # A page fault drops what is cached of its address.

@@ -70,9 +70,9 @@ def audit(machine: MachineView) -> Iterator[Violation]:
             if page in guest.backed:
                 frame = guest.backed[page]
                 wanted[frame] = copied[frame] = {}
-    held = [item for item in machine.memory.items() if item[0] >> 9 in wanted and item[1]]
-    for index, word in held:
-        wanted[index >> 9][index] = word
+    for index, word in machine.memory.items():
+        if word and index >> 9 in wanted:
+            wanted[index >> 9][index] = word
 
     # THE RULES
     yield from frames_are_used_once(machine)
