@@ -449,8 +449,11 @@ class _Judged:
         way it went.
         """
         addresses = {address for way in ways for address, _ in way.may}
-        now = {a: self.look(self.guest, a) for a in addresses if self._is_writable(a)}
-        return {a: word for a, word in now.items() if word != self.machine.load(a)}
+        return {
+            address: word
+            for address in filter(self._is_writable, addresses)
+            if (word := self.look(self.guest, address)) != self.machine.load(address)
+        }
 
     def _ways(self) -> Iterator[Way]:
         """Every way that the access may go, that with nothing cached first.

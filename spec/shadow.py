@@ -9,7 +9,6 @@ audit code (arch/x86/kvm/mmu_audit.c).
 """
 
 import marshal
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
@@ -217,10 +216,8 @@ class _Audit:
         """The guest frame of each entry that the reverse map names."""
         self.dirty: list[tuple[int, int]] = []
         """Frames that leaves with a dirty flag map, from the first to before the second."""
-        self.roots = Counter(
-            frame for processor in guest.processors for root in processor.roots for frame in root
-        )
-        """How many roots of processors each frame is."""
+        self.roots = [frame for p in guest.processors for root in p.roots for frame in root]
+        """The frames of all roots of processors."""
         self.links: dict[int, int] = {}
         """The table that an entry leads to, by index."""
         self.shadowed = {
@@ -514,7 +511,7 @@ class _Audit:
         for index in page.parents:
             if self.links.get(index) != page.frame:
                 yield Violation(13, "a table claims a parent that does not lead to it", index)
-        roots = self.roots[page.frame]
+        roots = self.roots.count(page.frame)
         if self.guest.design == SHADOW and page.roots != roots:
             yield Violation(12, f"a table counts {page.roots} roots, and there are {roots}", where)
 

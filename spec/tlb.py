@@ -523,14 +523,15 @@ class _Reading:
             earlier &= self.running
 
         # THE VALUES THAT IT MAY READ NEXT
-        options: list[tuple[Word, Times, int | None]] = []
+        options: list[tuple[Word, Word, Times, int | None]] = []
         for value, times in self.processor.history.values(address):
+            entry = self._entry(value)
             cached = self.cached if times & self.now else None
             before = times & earlier
-            if before and not self._can_be_cached(self._entry(value)):
+            if before and not self._can_be_cached(entry):
                 before = 0
             if before or cached is not None:
-                options.append((value, before, cached))
+                options.append((value, entry, before, cached))
         if not options:
             raise _NoSuchWalk
 
@@ -538,8 +539,8 @@ class _Reading:
         number = len(self.taken)
         choice = self.choices[number] if number < len(self.choices) else 0
         self.taken.append((choice, len(options)))
-        value, self.before, self.cached = options[choice]
-        self.reads.append(self._entry(value))
+        value, entry, self.before, self.cached = options[choice]
+        self.reads.append(entry)
         return value
 
     def _entry(self, value: Word) -> Word:
