@@ -183,8 +183,10 @@ class Caching:
         """The cached entry, or that in memory."""
         level = self.level
         self.level = level - 1
-        hit = self.upper.get((self.tag | level, self.address >> 3 + 9 * level))
-        entry: int = self.memory[index] if hit is None or level == 1 else hit[1]
+        hit = None
+        if level > 1:
+            hit = self.upper.get((self.tag | level, self.address >> 3 + 9 * level))
+        entry: int = self.memory[index] if hit is None else hit[1]
         self.read[level] = entry
         return entry
 

@@ -257,6 +257,8 @@ class GuestMachine:
         Which of its names a page was written by does not show, once tables that were used have been
         edited: a stale translation may lead to another one, and its log.
         """
+        if not self.dirty:
+            return
         if self.edited and len(list(self.map.addresses(self.map.word_of(address)))) > 1:
             return
         for number, slot in self.map.slots.items():
@@ -452,7 +454,7 @@ class _Judged:
         return {
             address: word
             for address in filter(self._is_writable, addresses)
-            if (word := self.look(self.guest, address)) != self.machine.load(address)
+            if (word := self.look(self.guest, address)) != self.machine.map.load(address)
         }
 
     def _ways(self) -> Iterator[Way]:
@@ -576,10 +578,10 @@ class _Judged:
         found, word_of = self.machine.map.found, self.machine.map.word_of
         return {word_of(address) for address in addresses if found[address >> 12] is not None}
 
-    def _unset(self, updates: Iterable[Update]) -> Iterator[Update]:
+    def _unset(self, updates: Iterable[Update]) -> list[Update]:
         """Those of the updates whose flags are not all set already."""
-        load = self.machine.load
-        return (update for update in updates if update.bits & ~load(update.address))
+        load = self.machine.map.load
+        return [update for update in updates if update.bits & ~load(update.address)]
 
     def _gathered(self, updates: Iterable[Update]) -> dict[Word, tuple[Word, Word]]:
         """The flags of all updates, by the names of their entries, each with an address of it."""
