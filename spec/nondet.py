@@ -385,8 +385,13 @@ def invariant(
 
 
 def load_invariants() -> dict[str, Invariant]:
-    """Import every module of `vapama.spec.invariants`; the registry, in the order of loading."""
+    """Import every module of `vapama.spec.invariants`; the registry, by module, in the order of
+    definition, whichever was imported before.
+    """
     package = importlib.import_module("vapama.spec.invariants")
     for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
         importlib.import_module(f"{package.__name__}.{module}")
+    by_module = sorted(REGISTRY.items(), key=lambda item: item[1].claim.__module__)
+    REGISTRY.clear()
+    REGISTRY.update(by_module)
     return REGISTRY
