@@ -24,6 +24,9 @@ from vapama.proofs.symbolic import (
     same_terms,
 )
 
+PARTS, SMALL_PART = 16, 80
+"""A formula of more obligations than the second is split, into parts of one in `PARTS` at most."""
+
 
 def completeness(paths: list[Path]) -> z3.BoolRef:
     """The formula that is valid if `paths` leave nothing out.
@@ -64,6 +67,64 @@ def _subtree(paths: list[Path], depth: int, holds: Callable[[Path], bool]) -> z3
         return z3.And(options[0], below.get(0, nothing))
     assert kind == BRANCH
     return z3.If(options[0], below.get(0, nothing), below.get(1, nothing))
+
+
+def parts(formula: z3.BoolRef) -> list[z3.BoolRef]:
+    """Formulae that are all valid just if this one is: each for some of its paths.
+
+    A solver that learns of all paths at once what it needs for one takes twice as long or more.
+    There are not many, for each has to be told what leads to it.
+    """
+    sizes: dict[int, int] = {}
+    most = max(SMALL_PART, _size(formula, sizes) // PARTS)
+    if sizes[formula.get_id()] <= most:
+        return [formula]
+    return [
+        # Not `z3.And` of one: bitwuzla does not read that.
+        z3.Or(*map(z3.Not, given), part) if given else part
+        for given, part in _split([], formula, most, sizes)
+    ]
+
+
+def _below(formula: z3.BoolRef) -> list[z3.BoolRef]:
+    """What an implication, a choice or a conjunction leads to; empty if the formula is no such."""
+    if z3.is_implies(formula):
+        return [formula.arg(1)]
+    if z3.is_app_of(formula, z3.Z3_OP_ITE):
+        return [formula.arg(1), formula.arg(2)]
+    return formula.children() if z3.is_and(formula) else []
+
+
+def _size(formula: z3.BoolRef, sizes: dict[int, int]) -> int:
+    """The number of obligations and dead ends, which is what a solver has to refute. Noted in
+    `sizes` by z3's number of the term, for it and all below it.
+    """
+    number = formula.get_id()
+    if number not in sizes:
+        below = _below(formula)
+        size = sum(_size(part, sizes) for part in below) if below else not z3.is_true(formula)
+        sizes[number] = int(size)
+    return sizes[number]
+
+
+def _split(
+    given: list[z3.BoolRef], formula: z3.BoolRef, most: int, sizes: dict[int, int]
+) -> list[tuple[list[z3.BoolRef], z3.BoolRef]]:
+    """The formula's parts of at most this size, if they can be had, and what leads to each."""
+    below = _below(formula)
+    if sizes[formula.get_id()] <= most or not below:
+        return [] if z3.is_true(formula) else [(given, formula)]
+    if z3.is_implies(formula):
+        ways = [[formula.arg(0)]]
+    elif z3.is_and(formula):
+        ways = [[part for part in below[:at] if not _below(part)] for at in range(len(below))]
+    else:
+        ways = [[formula.arg(0)], [z3.Not(formula.arg(0))]]
+    return [
+        found
+        for way, part in zip(ways, below, strict=True)
+        for found in _split([*given, *way], part, most, sizes)
+    ]
 
 
 def smtlib(formula: z3.BoolRef, logic: str = "QF_AUFBV") -> str:

@@ -16,8 +16,15 @@ from vapama.case import Case, make_case
 from vapama.fuzz.decoded import RandomDraws
 from vapama.fuzz.random_engine import Search
 from vapama.impl.optimized import Optimized
+from vapama.proofs import completeness as of_paths
 from vapama.proofs.apart import apart
-from vapama.proofs.completeness import completeness, smtlib, valid_by_bitwuzla, valid_by_z3
+from vapama.proofs.completeness import (
+    completeness,
+    parts,
+    smtlib,
+    valid_by_bitwuzla,
+    valid_by_z3,
+)
 from vapama.proofs.prover import Options, prove, refute, replay_pinned
 from vapama.proofs.symbolic import (
     ASK,
@@ -187,6 +194,32 @@ TREES: dict[str, tuple[str, list[Path]]] = {
 def test_just_the_complete_trees_are_valid(name: str) -> None:
     answer, tree = TREES[name]
     assert says(completeness(tree)) == answer
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_parts_of_a_tree_are_valid_just_if_it_is(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_paths, "SMALL_PART", 0)
+    monkeypatch.setattr(of_paths, "PARTS", 1_000)
+    answer, tree = TREES[name]
+    answers = {says(part) for part in parts(completeness(tree))}
+    assert answers <= {"valid", answer}
+    assert answer in answers or answer == "valid"
+
+
+def test_the_parts_of_a_proof_are_together_what_they_are_parts_of(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_paths, "SMALL_PART", 4)
+    whole = completeness(paths)
+    split = parts(whole)
+    assert len(split) > 5
+    assert {says(part) for part in split} == {"valid"}
+    # A path that is left out is missed by some part, whichever it is.
+    for left_out in (0, len(paths) // 2, -1):
+        missed = parts(completeness([path for path in paths if path is not paths[left_out]]))
+        assert "not valid" in {says(part) for part in missed}
 
 
 def test_a_second_solver_that_does_not_agree_leaves_a_proof_undecided(
