@@ -242,7 +242,7 @@ def _incomplete(invariant: Invariant, paths: list[Path], options: Options, verdi
         (options.export / f"{invariant.name}.smt2").write_text(text)
     start = time.monotonic()
     answers = {solver: "valid"}
-    for part in completeness.parts(formula):
+    for part in completeness.parts(formula) if invariant.in_parts else [formula]:
         text = completeness.smtlib(part, logic)
         answers[solver] = getattr(completeness, valid)(text, SECOND_SOLVER_SECONDS)
         if answers[solver] != "valid":

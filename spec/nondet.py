@@ -303,7 +303,9 @@ class Invariant:
     something: there it is not run, and another claim is for them. `counts` says that it adds,
     subtracts and compares numbers and looks at no bits: then it is proved for any natural numbers.
     `scoped` says that it is made for the exhaustive engine, which runs as much of it among many
-    claims as of it alone.
+    claims as of it alone. `in_parts` says that the second solver is given the paths of its proof in
+    parts: it finds some claims' so in a third of the time, and others', whose paths share much that
+    is hard, in six times as much.
     """
 
     name: str
@@ -319,6 +321,7 @@ class Invariant:
     unsuited: tuple[str, ...] = ()
     counts: bool = False
     scoped: bool = False
+    in_parts: bool = False
 
     @property
     def title(self) -> str:
@@ -348,6 +351,7 @@ def invariant(
     unsuited: Sequence[str] = (),
     counts: bool = False,
     scoped: bool = False,
+    in_parts: bool = False,
 ) -> Callable[[Claim], Claim]:
     """Register the decorated function as an invariant.
 
@@ -378,6 +382,7 @@ def invariant(
             tuple(unsuited),
             counts,
             scoped,
+            in_parts,
         )
         return claim
 

@@ -130,6 +130,7 @@ STEPS: dict[str, Callable[[State], Condition]] = {
     twin="the-host-remaps-before-the-flush",
     bound="entries of the last level, CR0.WP = 1",
     unsuited=SEARCHING,
+    in_parts=True,
 )
 def every_step_keeps_shadow_pages_coherent(nondet: Nondet, subject: Any) -> None:
     """Whatever the state that holds, after a step that the rules allow every SPTE, and all that a

@@ -480,6 +480,7 @@ def five_ept_levels_with_top_index_zero_equal_four(nondet: Nondet, subject: Any)
     needs=(SECOND_STAGE_MANY, PA, ERROR_CODE),
     twin="the-ept-batch-shares-its-first-result",
     bound="batches of 2 addresses that differ in bits 20:0, one of them twice, in groups of 2",
+    in_parts=True,
 )
 def an_ept_batch_equals_the_walk_elementwise(nondet: Nondet, subject: Any) -> None:
     """Each outcome of a batch is that of the same guest-physical address alone."""

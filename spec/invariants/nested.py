@@ -136,6 +136,7 @@ def _equals_the_reference(
     twin="nested-skips-the-guests-flags",
     bound=ORDINARY,
     uses=(*EPT_WALK, *MASKED),
+    in_parts=True,
 )
 def the_walk_under_ept_equals_the_reference(nondet: Nondet, subject: Any) -> None:
     """A guest's access under EPT has the reference's outcome, exit and flags in both dimensions."""
