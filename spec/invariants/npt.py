@@ -346,6 +346,7 @@ def a_nested_walk_reads_one_entry_a_level_and_none_outside_memory(
     needs=(SECOND_STAGE_MANY, PA, ERROR_CODE),
     twin="the-npt-batch-shares-its-first-result",
     bound="batches of 2 addresses that differ in bits 20:0, one of them twice, in groups of 2",
+    in_parts=True,
 )
 def an_npt_batch_equals_the_walk_elementwise(nondet: Nondet, subject: Any) -> None:
     """Each outcome of a batch is that of the same guest-physical address alone."""
