@@ -59,6 +59,10 @@ from vapama.spec.words import WORD, Word, low_bits
 Look: TypeAlias = Callable[[int, Word], Word]
 """The word that the subject has for a guest at a guest-physical address, after the step."""
 
+FLAGGED = modes.ACCESSED | modes.DIRTY
+EITHER_FLAGGED = FLAGGED | FLAGGED << 32
+"""The flags of an entry; of either, where a word holds two of 32-bit paging."""
+
 
 class Departure(AssertionError):
     """What was seen is not what the architecture allows."""
@@ -429,13 +433,28 @@ class _Judged:
         """Of entries that flags were set in, those whose flags one of the ways may set: they may be
         of a try of the access that left the guest before it was made, as one that was begun by what
         is cached, and once more by memory after a VM exit that the guest knows nothing of.
+
+        Such a try read the entry as memory has it. That is certain of one that its way cannot have
+        cached, and of one that never had another value, but for its flags; of no other it is
+        allowed.
         """
-        allowed = self._gathered(update for way in ways for update in way.may)
+        may = self._gathered(update for way in ways for update in way.may)
+        must = self._gathered(update for way in ways for update in way.must)
+
+        def flags(address: Word, word: Word) -> Word:
+            of_ways = may if self._was_ever(address, word) else must
+            return of_ways.get(self._name(address), (address, 0))[1]
+
         return {
             address: word
             for address, word in elsewhere.items()
-            if (word ^ self.machine.load(address)) & ~allowed[self._name(address)][1] == 0
+            if (word ^ self.machine.load(address)) & ~flags(address, word) == 0
         }
+
+    def _was_ever(self, address: Word, word: Word) -> bool:
+        """Whether the word there never was another, but for flags."""
+        values = self.processor.history.values(address)
+        return all((word ^ value) & ~EITHER_FLAGGED == 0 for value, _ in values)
 
     def _go(self, entries: dict[Word, Word]) -> None:
         """Set the flags that were set on the way, and then make the store."""

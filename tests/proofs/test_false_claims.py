@@ -996,7 +996,7 @@ MISTAKES = {
         false_under_branches_forced_by_earlier_ones,
         DETERMINISM,
         also=(
-            ("if decision.kind != kind or not _same(decision.options, options):", "if False:"),
+            ("if decision.kind != kind or not same_terms(decision.options, options):", "if False:"),
             ("if self.position < len(self.trail):", "if False:"),
         ),
     ),
