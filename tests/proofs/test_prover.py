@@ -236,6 +236,24 @@ def test_a_second_solver_that_does_not_agree_leaves_a_proof_undecided(
             assert verdict.why == f"path completeness: {solver} says unknown"
 
 
+@pytest.mark.parametrize("doubted", ["first", "second", "last"])
+def test_a_part_that_a_second_solver_does_not_find_valid_leaves_a_proof_undecided(
+    doubted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_paths, "SMALL_PART", 4)
+    in_parts = replace(FIVE_LEVELS, in_parts=True)
+    answers = iter(["valid"] * 1_000)
+    monkeypatch.setattr(of_paths, "valid_by_bitwuzla", lambda text, _: next(answers))
+    assert prove(in_parts, optimized(), PLAIN).status == PROVED
+    count = 1_000 - len(list(answers))
+    assert count > 5
+    at = {"first": 0, "second": 1, "last": count - 1}[doubted]
+    answers = iter(["valid"] * at + ["unknown"] + ["valid"] * (count - at - 1))
+    verdict = prove(in_parts, optimized(), PLAIN)
+    assert verdict.why == "path completeness: bitwuzla says unknown"
+    assert verdict.status == UNDECIDED
+
+
 def test_the_exported_text_is_unsatisfiable_to_both_solvers(tmp_path: FilePath) -> None:
     assert prove(SMALL, optimized(), replace(PLAIN, export=tmp_path)).status == PROVED
     text = (tmp_path / f"{SMALL.name}.smt2").read_text()
