@@ -284,11 +284,13 @@ def a_walk_under_ept_costs_at_most_what_its_levels_say(nondet: Nondet, subject: 
     reaches=("translated", "more than 18 loads", "entry outside memory"),
     needs=(NESTED, LOADS),
     twin="nested-walks-for-each-table-twice",
-    bound="no masked addresses, no shadow stacks",
+    bound=FOUR_BY_FOUR + ", no masked addresses, no shadow stacks",
     uses=(*EPT_WALK, "a_walk_of_ept_costs_at_most_a_load_a_level"),
 )
 def four_levels_under_four_of_ept_cost_at_most_24_loads(nondet: Nondet, subject: Any) -> None:
-    """Of EPT with flags of its own, which are set as its entries are read."""
+    """Where both stages have four levels, and EPT has accessed and dirty flags of its own, an
+    access of the guest reads at most 24 entries: flags are set with no further walk.
+    """
     cpu, stage, memory, access = _under_ept(nondet)
     nondet.assume(cpu.levels == 4 and stage.levels == 4 and stage.ad == 1)
     assert most_loads(cpu.levels, stage.levels) == 24
