@@ -432,7 +432,8 @@ class _Judged:
     def _given_up(self, elsewhere: dict[Word, Word], ways: Iterable[Way]) -> dict[Word, Word]:
         """Of entries that flags were set in, those whose flags one of the ways may set: they may be
         of a try of the access that left the guest before it was made, as one that was begun by what
-        is cached, and once more by memory after a VM exit that the guest knows nothing of.
+        is cached, and once more by memory after a VM exit that the guest knows nothing of. Source:
+        SDM Vol. 3A, 4.8 and 4.10.2.3.
 
         Such a try read the entry as memory has it. That is certain of one that its way cannot have
         cached, and of one that never had another value, but for its flags; of no other it is
@@ -442,7 +443,7 @@ class _Judged:
         must = self._gathered(update for way in ways for update in way.must)
 
         def flags(address: Word, word: Word) -> Word:
-            of_ways = may if self._was_ever(address, word) else must
+            of_ways = may if self._was_never_another(address, word) else must
             return of_ways.get(self._name(address), (address, 0))[1]
 
         return {
@@ -451,7 +452,7 @@ class _Judged:
             if (word ^ self.machine.load(address)) & ~flags(address, word) == 0
         }
 
-    def _was_ever(self, address: Word, word: Word) -> bool:
+    def _was_never_another(self, address: Word, word: Word) -> bool:
         """Whether the word there never was another, but for flags."""
         values = self.processor.history.values(address)
         return all((word ^ value) & ~EITHER_FLAGGED == 0 for value, _ in values)

@@ -191,7 +191,7 @@ def small_plan(design: str) -> Plan:
 
 
 def cpu(style: Word = 0, design: str = SHADOW) -> Cpu:
-    """The control state that processors begin with."""
+    """The control state that processors begin with: bits 31:20 of the style say which."""
     return _cpu(style & 0xFFF << 20, design)
 
 
@@ -305,6 +305,7 @@ def _aimed(rest: int, is_32: int) -> int:
     """
     directory = rest & 3
     if directory == 2 or rest >> 46 & 3 == 0:
+        # Entries of 32-bit paging map 4 MBytes: the first two of 2 MBytes are in one of them.
         which = (0, 0, 1, 2)[directory] << 2 | 1 << 7 if is_32 else directory << 2 | 2 << 7
         return rest & ~0x3FF | which
     if is_32:
